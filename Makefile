@@ -1,0 +1,44 @@
+# Each target sets up what it needs: the environment is made once and again when setup.py or constraints.txt change.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+SOURCES := noisycond tests setup.py $(wildcard *.py) $(wildcard benchmarks/*.py)
+
+.PHONY: help demo test quality style first-stages clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make demo           train a miniature on handwritten digits and look at its samples (3 minutes on 2 cores)"
+	@echo "make test           run the tests"
+	@echo "make quality        check lint and format;  make style  mends them"
+	@echo "make first-stages   train the two first stages that ship with the repo anew"
+
+$(READY): setup.py constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "noisycond needs Python 3.11 or newer; name one with: make $(MAKECMDGOALS) PYTHON=python3.12"; exit 1; }
+	@echo "Setting up $(VENV): a few minutes, once."
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
+	@touch $@
+
+demo: $(READY)
+	$(BIN)/accelerate launch train_class_cond.py --output_dir runs/demo --overwrite_output_dir
+
+test: $(READY)
+	$(BIN)/python -m pytest tests
+
+quality: $(READY)
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/ruff format --check $(SOURCES)
+
+style: $(READY)
+	$(BIN)/ruff check --fix $(SOURCES)
+	$(BIN)/ruff format $(SOURCES)
+
+first-stages: $(READY)
+	$(BIN)/accelerate launch train_autoencoder.py --recipe digits_kl
+	$(BIN)/accelerate launch train_autoencoder.py --recipe digits_vq
+
+clean:
+	rm -rf $(VENV) runs

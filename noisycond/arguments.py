@@ -1,0 +1,361 @@
+"""Command-line flags: one dataclass field is one flag and one recipe key. A script inherits the groups it needs.
+
+Names and defaults follow the Diffusers example scripts. Checks of a value or between flags stand in `__post_init__`.
+"""
+
+import dataclasses
+import math
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, TypeVar
+
+import yaml
+from transformers import HfArgumentParser
+
+from noisycond.errors import InputError, closest
+
+
+RECIPES = Path(__file__).resolve().parent.parent / "recipes"
+ArgumentsT = TypeVar("ArgumentsT", bound="Arguments")
+
+
+def flag(default, help: str):
+    """A dataclass field that is a flag with this default and help text."""
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata={"help": help})
+    return field(default=default, metadata={"help": help})
+
+
+def require(condition: bool, sentence: str) -> None:
+    """Raises InputError with the sentence unless the condition holds."""
+    if not condition:
+        raise InputError(sentence)
+
+
+@dataclass
+class Arguments:
+    recipe: str | None = flag(
+        None, "A YAML file of flag values, or the name of one in recipes/; flags on the command line win."
+    )
+
+    def __post_init__(self):
+        pass
+
+
+@dataclass
+class DataArguments(Arguments):
+    dataset_name: str | None = flag(
+        None,
+        "`digits` (1,797 handwritten digits that ship with scikit-learn), a dataset on the Hub, or a local folder that "
+        "`datasets` opens.",
+    )
+    dataset_config_name: str | None = flag(None, "The configuration of the Hub dataset.")
+    dataset_split: str = flag("train", "The split to train on. `digits` has `train` (80 %) and `test` (20 %).")
+    train_data_dir: str | None = flag(None, "A folder of images, one sub-folder per class.")
+    cache_dir: str | None = flag(None, "Where downloaded datasets are kept; the default is that of `datasets`.")
+    image_column: str = flag("image", "The dataset's column of images.")
+    label_column: str = flag("label", "The dataset's column of class labels.")
+    class_subset: str | None = flag(
+        None, "Keep these classes only: a file with a class name per line, or a number of classes to pick at random."
+    )
+    class_subset_seed: int = flag(0, "Seed of the random class subset.")
+    max_train_samples: int | None = flag(None, "Use the first so many examples only, for debugging.")
+    resolution: int = flag(256, "Images are resized so that their shorter side is this long, then cropped square.")
+    center_crop: bool = flag(False, "Crop the centre instead of a random place.")
+    random_flip: bool = flag(False, "Mirror images at random.")
+    image_interpolation_mode: Literal["nearest", "bilinear", "bicubic", "lanczos", "box"] = flag(
+        "lanczos", "How images are resized."
+    )
+    max_bad_images: int = flag(10, "Unreadable images are named and skipped up to this number, then the run stops.")
+    dataloader_num_workers: int = flag(0, "Processes that load data; 0 loads in the training process.")
+
+    def __post_init__(self):
+        super().__post_init__()
+        require(
+            (self.dataset_name is None) != (self.train_data_dir is None),
+            "exactly one of --dataset_name and --train_data_dir is needed, but "
+            + ("both were given." if self.dataset_name else "neither was given."),
+        )
+        if self.train_data_dir is not None:
+            require(
+                Path(self.train_data_dir).is_dir(), f"--train_data_dir {self.train_data_dir}: there is no such folder."
+            )
+        require(self.resolution > 0, f"--resolution is {self.resolution}, but it must be a positive number of pixels.")
+        require(self.max_bad_images >= 0, f"--max_bad_images is {self.max_bad_images}, but it must not be negative.")
+        require(
+            self.max_train_samples is None or self.max_train_samples > 0,
+            f"--max_train_samples is {self.max_train_samples}, but it must be positive.",
+        )
+
+
+@dataclass
+class FirstStageArguments(Arguments):
+    pretrained_vae_model_name_or_path: str | None = flag(
+        None,
+        "The first stage: `digits-kl` or `digits-vq` (they ship with noisycond), a Hub id or a folder of an "
+        "AutoencoderKL or VQModel. A folder of a whole pipeline gives its `vae` or `vqvae`.",
+    )
+    cache_latents: bool = flag(False, "Encode the dataset once into a memory-mapped file and train from that.")
+    latent_cache_dir: str | None = flag(
+        None, "Where latent caches are kept, one folder each; the default is ~/.cache/noisycond/latents."
+    )
+
+
+@dataclass
+class CorruptionArguments(Arguments):
+    corruption_ratio: float = flag(0.0, "η: the share of examples whose label is replaced by another class, 0 to 1.")
+    corruption_type: Literal["symmetric", "asymmetric"] = flag(
+        "symmetric", "`symmetric`: any other class. `asymmetric`: another class of the same group (--class_groups)."
+    )
+    corruption_mode: Literal["fixed", "random"] = flag(
+        "fixed", "`fixed`: the same examples stay corrupted in the same way. `random`: drawn anew every epoch."
+    )
+    class_groups: str | None = flag(
+        None, "For asymmetric corruption: a JSON file, a list of lists of class names or class ids."
+    )
+    save_corruption_map: bool = flag(False, "Write corruption_map.csv: index, true and corrupted label (fixed only).")
+
+    def __post_init__(self):
+        super().__post_init__()
+        require(
+            0.0 <= self.corruption_ratio <= 1.0,
+            f"--corruption_ratio is {self.corruption_ratio}, but a share must lie between 0 and 1.",
+        )
+        asymmetric = self.corruption_type == "asymmetric"
+        require(
+            not asymmetric or self.class_groups is not None, "--corruption_type asymmetric needs --class_groups FILE."
+        )
+        require(
+            asymmetric or self.class_groups is None,
+            "--class_groups has no effect with --corruption_type symmetric; say --corruption_type asymmetric.",
+        )
+        require(
+            not (self.save_corruption_map and self.corruption_mode == "random"),
+            "--save_corruption_map needs --corruption_mode fixed: random corruption differs from epoch to epoch.",
+        )
+
+
+@dataclass
+class PerturbationArguments(Arguments):
+    cep_gamma: float = flag(0.0, "γ of condition embedding perturbation (CEP); 0 is off, the paper's default is 1.")
+    cep_type: Literal["uniform", "gaussian"] = flag("uniform", "CEP-U: δ ~ U(-γ/√d, γ/√d). CEP-G: δ ~ N(0, γ²/d).")
+    cep_mode: Literal["random", "fixed"] = flag(
+        "random", "`random`: δ drawn anew every step. `fixed`: always the same δ for the same example."
+    )
+    cep_perturb_null: bool = flag(True, "Perturb the null (unconditional) embedding too.")
+    input_perturbation: float = flag(0.0, "Baseline: γ of input perturbation (Ning et al. 2023); they use 0.1.")
+    embedding_dropout: float = flag(0.0, "Baseline: dropout probability on the condition embedding.")
+    label_smoothing: float = flag(0.0, "Baseline: mix the class embedding with the mean one by this share.")
+    conditioning_dropout_prob: float = flag(
+        0.1, "Share of examples trained without their condition, for classifier-free guidance."
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        require(
+            self.cep_gamma >= 0 and math.isfinite(self.cep_gamma),
+            f"--cep_gamma is {self.cep_gamma}, but it must be 0 (off) or a positive number.",
+        )
+        require(
+            self.input_perturbation >= 0,
+            f"--input_perturbation is {self.input_perturbation}, but it must not be negative.",
+        )
+        require(
+            0.0 <= self.embedding_dropout < 1.0,
+            f"--embedding_dropout is {self.embedding_dropout}, but it must lie in [0, 1).",
+        )
+        for name in ("label_smoothing", "conditioning_dropout_prob"):
+            value = getattr(self, name)
+            require(0.0 <= value <= 1.0, f"--{name} is {value}, but it must lie between 0 and 1.")
+
+
+@dataclass
+class ObjectiveArguments(Arguments):
+    prediction_type: Literal["epsilon", "v_prediction"] = flag("epsilon", "What the denoiser predicts.")
+    snr_gamma: float | None = flag(None, "γ of min-SNR weighting (arXiv:2303.09556); they use 5.")
+    num_train_timesteps: int = flag(1000, "Number of noise levels.")
+    beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] | None = flag(
+        None, "The noise schedule; the default is that of the denoiser preset."
+    )
+    beta_start: float | None = flag(None, "The first β; the default is that of the denoiser preset.")
+    beta_end: float | None = flag(None, "The last β; the default is that of the denoiser preset.")
+
+    def __post_init__(self):
+        super().__post_init__()
+        require(
+            self.snr_gamma is None or self.snr_gamma > 0, f"--snr_gamma is {self.snr_gamma}, but it must be positive."
+        )
+        require(
+            self.num_train_timesteps > 1,
+            f"--num_train_timesteps is {self.num_train_timesteps}, but at least 2 are needed.",
+        )
+        for name in ("beta_start", "beta_end"):
+            value = getattr(self, name)
+            require(value is None or 0.0 < value < 1.0, f"--{name} is {value}, but it must lie between 0 and 1.")
+
+
+LR_SCHEDULERS = (
+    "linear",
+    "cosine",
+    "cosine_with_restarts",
+    "polynomial",
+    "constant",
+    "constant_with_warmup",
+    "piecewise_constant",
+)
+
+
+@dataclass
+class LoopArguments(Arguments):
+    output_dir: str = flag("runs/run", "Where the trained pipeline, checkpoints, logs and samples are written.")
+    overwrite_output_dir: bool = flag(False, "Remove an earlier run from the output folder first.")
+    seed: int = flag(0, "Seed of everything that is drawn.")
+    train_batch_size: int = flag(16, "Batch size per process.")
+    gradient_accumulation_steps: int = flag(1, "Batches per optimizer step.")
+    num_train_epochs: int = flag(100, "Epochs to train; --max_train_steps overrides it.")
+    max_train_steps: int | None = flag(None, "Optimizer steps to train.")
+    learning_rate: float = flag(1e-4, "Learning rate at its peak.")
+    scale_lr: bool = flag(False, "Multiply the learning rate by batch size, accumulation steps and processes.")
+    lr_scheduler: Literal[LR_SCHEDULERS] = flag("constant", "Learning-rate schedule, counted in optimizer steps.")
+    lr_warmup_steps: int = flag(500, "Warm-up steps, for the schedules that have a warm-up.")
+    lr_num_cycles: int = flag(1, "Restarts of cosine_with_restarts.")
+    lr_power: float = flag(1.0, "Power of the polynomial schedule.")
+    lr_step_rules: str | None = flag(None, "For piecewise_constant, e.g. '1:1000,0.1:2000,0.01'.")
+    adam_beta1: float = flag(0.9, "β1 of AdamW.")
+    adam_beta2: float = flag(0.999, "β2 of AdamW.")
+    adam_weight_decay: float = flag(0.0, "Weight decay of AdamW; DiT and LDM use none.")
+    adam_epsilon: float = flag(1e-8, "ε of AdamW.")
+    max_grad_norm: float = flag(1.0, "Gradients are clipped to this norm; 0 is no clipping.")
+    use_8bit_adam: bool = flag(False, "Use AdamW8bit of bitsandbytes.")
+    use_ema: bool = flag(True, "Keep an exponential moving average of the weights; it is what is exported.")
+    ema_decay: float = flag(0.9999, "Decay of the moving average, reached from below as (1 + step)/(10 + step).")
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = flag(
+        None, "Mixed precision; the default is that of `accelerate config`."
+    )
+    allow_tf32: bool = flag(False, "Allow TF32 on Ampere GPUs and later.")
+    torch_compile: bool = flag(False, "Compile the denoiser with torch.compile.")
+    cpu_threads_per_process: int | None = flag(
+        None, "Threads on CPU; by default the cores are shared among the processes unless OMP_NUM_THREADS is set."
+    )
+    checkpointing_steps: int = flag(500, "Save a checkpoint every so many steps; 0 saves at the end only.")
+    checkpoints_total_limit: int | None = flag(None, "Keep the newest so many checkpoints.")
+    resume_from_checkpoint: str | None = flag(None, "`latest`, or the path of a checkpoint folder.")
+    max_nonfinite_steps: int = flag(10, "So many non-finite losses in a row end the run.")
+    logging_steps: int = flag(1, "Log every so many steps.")
+    logging_dir: str = flag("logs", "Sub-folder of the output folder for the trackers.")
+    report_to: str = flag("tensorboard", "`tensorboard`, `wandb`, `comet_ml`, `all`, or `none`.")
+    validation_steps: int = flag(0, "Draw a sample grid every so many steps; 0 draws one at the end only.")
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "logging_steps"):
+            require(getattr(self, name) > 0, f"--{name} is {getattr(self, name)}, but it must be positive.")
+        for name in ("learning_rate", "max_nonfinite_steps"):
+            require(getattr(self, name) > 0, f"--{name} is {getattr(self, name)}, but it must be positive.")
+        for name in ("max_train_steps", "checkpoints_total_limit", "cpu_threads_per_process"):
+            value = getattr(self, name)
+            require(value is None or value > 0, f"--{name} is {value}, but it must be positive.")
+        for name in ("checkpointing_steps", "validation_steps", "max_grad_norm", "lr_warmup_steps", "seed"):
+            require(getattr(self, name) >= 0, f"--{name} is {getattr(self, name)}, but it must not be negative.")
+        require(0.0 <= self.ema_decay < 1.0, f"--ema_decay is {self.ema_decay}, but it must lie in [0, 1).")
+        require(
+            (self.lr_scheduler == "piecewise_constant") == (self.lr_step_rules is not None),
+            "--lr_scheduler piecewise_constant and --lr_step_rules go together: one was given without the other.",
+        )
+        require(
+            not (self.resume_from_checkpoint and self.overwrite_output_dir),
+            "--resume_from_checkpoint and --overwrite_output_dir contradict each other: give one of them.",
+        )
+
+
+class _Parser(HfArgumentParser):
+    """Raises a sentence instead of printing the usage and leaving."""
+
+    def error(self, message: str):
+        raise InputError(message[0].lower() + message[1:] + ("" if message.endswith(".") else "."))
+
+
+def parse_arguments(cls: type[ArgumentsT], argv: list[str] | None = None, default_recipe: str | None = None):
+    """Parses flags and recipe into `cls`.
+
+    Recipe values become arguments that stand before the user's, so one parser checks both and the command line wins.
+
+    Args:
+        cls: a dataclass that inherits from [`Arguments`].
+        argv: the arguments; None takes those of the process.
+        default_recipe: the recipe where the user names neither a recipe nor a dataset other than `digits`.
+
+    Raises:
+        InputError: an unknown flag or recipe key (names the nearest), a value of the wrong type or range, or flags
+            that contradict each other.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = _Parser(cls, allow_abbrev=False)
+    recipe = _value_of(argv, "recipe")
+    if recipe is None and default_recipe is not None and _is_embedded_default(argv):
+        recipe = default_recipe
+        argv = [*argv, "--recipe", recipe]
+    recipe_argv = [] if recipe in (None, "none") else _recipe_arguments(recipe, cls, _other_dataset_flag(argv))
+    try:
+        arguments, unknown = parser.parse_args_into_dataclasses(
+            recipe_argv + argv, return_remaining_strings=True, look_for_args_filename=False
+        )
+    except InputError:
+        raise
+    except ValueError as error:
+        raise InputError(str(error)) from error
+    if unknown:
+        known = [option for option in parser._option_string_actions if "-" not in option[2:]]
+        name = unknown[0].split("=")[0]
+        raise InputError(f"unknown flag {name}{closest(name, known)}.")
+    return arguments
+
+
+def _value_of(argv: list[str], name: str) -> str | None:
+    for position, word in enumerate(argv):
+        option, _, value = word.partition("=")
+        if option in (f"--{name}", f"--{name.replace('_', '-')}"):
+            return value or next(iter(argv[position + 1 :]), None)
+    return None
+
+
+def _is_embedded_default(argv: list[str]) -> bool:
+    return _value_of(argv, "train_data_dir") is None and _value_of(argv, "dataset_name") in (None, "digits")
+
+
+def _other_dataset_flag(argv: list[str]) -> set[str]:
+    """The recipe's way of naming a dataset, where the command line uses the other one."""
+    given = {name for name in ("dataset_name", "train_data_dir") if _value_of(argv, name) is not None}
+    return {"dataset_name", "train_data_dir"} - given if given else set()
+
+
+def find_recipe(name: str) -> Path:
+    """The file of a recipe given by path, or by name in recipes/."""
+    known = sorted(path.stem for path in RECIPES.glob("*.yaml"))
+    for path in (Path(name), RECIPES / f"{name}.yaml"):
+        if path.is_file():
+            return path
+    raise InputError(
+        f"--recipe {name}: neither a file nor one of {', '.join(known)}{closest(name, known)}."
+        if known
+        else f"--recipe {name}: there is no such file."
+    )
+
+
+def _recipe_arguments(name: str, cls: type, left_out: set[str]) -> list[str]:
+    path = find_recipe(name)
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"--recipe {path}: not valid YAML ({' '.join(str(error).split())}).") from error
+    require(isinstance(values, dict), f"--recipe {path}: expected `key: value` lines, one for each flag.")
+    known = [item.name for item in dataclasses.fields(cls) if item.name != "recipe"]
+    arguments: list[str] = []
+    for key, value in values.items():
+        require(key in known, f"--recipe {path}: unknown key {key!r}{closest(str(key), known)}.")
+        if value is None or key in left_out:
+            continue
+        arguments.append(f"--{key}")
+        arguments.extend(str(item) for item in (value if isinstance(value, list) else [value]))
+    return arguments

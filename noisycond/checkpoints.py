@@ -1,0 +1,177 @@
+"""Checkpoints that are whole or not there: written beside their name, manifest last, then renamed; verified on resume."""
+
+import errno
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list, gather_object
+
+from noisycond.errors import InputError
+
+
+logger = logging.getLogger(__name__)
+MANIFEST = "manifest.json"
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_NAME = re.compile(r"checkpoint-(\d+)")
+
+
+def step_of(path: Path) -> int:
+    """The step in a checkpoint's name, -1 where it has none."""
+    match = _NAME.fullmatch(path.name)
+    return int(match.group(1)) if match else -1
+
+
+def all_in(output_dir: Path) -> list[Path]:
+    """The checkpoints in a folder, oldest first, whole or not."""
+    return sorted((path for path in output_dir.glob("checkpoint-*") if step_of(path) >= 0), key=step_of)
+
+
+def save(
+    output_dir: Path, step: int, accelerator: Accelerator, write: Callable[[Path], None], limit: int | None = None
+) -> Path:
+    """Saves `checkpoint-<step>` and removes the oldest past the limit. All processes take part.
+
+    Args:
+        output_dir: the run's folder.
+        write: writes this process's files into the folder it is given.
+        limit: how many checkpoints are kept; None keeps all.
+
+    Raises:
+        InputError: no space left, or another failure to write; on all processes, nothing saved earlier is touched.
+    """
+    final, making = output_dir / f"checkpoint-{step}", output_dir / f".checkpoint-{step}.tmp"
+    if accelerator.is_main_process:
+        for stale in output_dir.glob(".checkpoint-*.tmp"):
+            shutil.rmtree(stale, ignore_errors=True)
+    accelerator.wait_for_everyone()
+    failure = _attempt(lambda: (making.mkdir(parents=True, exist_ok=True), write(making)))
+    failure = next((reason for reason in gather_object([failure]) if reason), None)
+    if failure is None and accelerator.is_main_process:
+        failure = _attempt(lambda: _finish(making, final))
+    failure = broadcast_object_list([failure])[0]
+    if failure is not None:
+        if accelerator.is_main_process:
+            shutil.rmtree(making, ignore_errors=True)
+        kept = [path.name for path in all_in(output_dir) if problem_with(path) is None]
+        raise InputError(
+            f"--output_dir {output_dir}: {failure} while writing checkpoint-{step}; "
+            + (f"{kept[-1]} is whole, continue with --resume_from_checkpoint latest." if kept else "none is saved.")
+        )
+    if accelerator.is_main_process and limit is not None:
+        for path in all_in(output_dir)[:-limit]:
+            _remove(path)
+    accelerator.wait_for_everyone()
+    return final
+
+
+def _attempt(action: Callable[[], object]) -> str | None:
+    """Runs a writing action; returns why it failed, or None."""
+    try:
+        action()
+    except Exception as error:  # torch and safetensors wrap a full disk in types of their own
+        if isinstance(error, OSError) and error.errno in NO_SPACE:
+            return "no space left"
+        text = " ".join(str(error).split())
+        if any(os.strerror(number).lower() in text.lower() for number in NO_SPACE):
+            return "no space left"
+        # PyTorch's zip writer reports a short write without its cause.
+        if "PytorchStreamWriter" in text or "unexpected pos" in text:
+            return "no space left (or the disk failed)"
+        return f"{type(error).__name__}: {text}"
+    return None
+
+
+def _finish(making: Path, final: Path) -> None:
+    files = {}
+    for path in sorted(making.rglob("*")):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            files[str(path.relative_to(making))] = {"bytes": path.stat().st_size, "sha256": digest}
+    with (making / MANIFEST).open("w") as file:
+        json.dump({"files": files}, file, indent=2)
+        file.flush()
+        os.fsync(file.fileno())
+    if final.exists():
+        _remove(final)
+    making.rename(final)
+
+
+def _remove(path: Path) -> None:
+    # Renamed first, so that a kill in the middle leaves no half checkpoint under a checkpoint's name.
+    doomed = path.with_name(f".{path.name}.tmp")
+    path.rename(doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def problem_with(path: Path) -> str | None:
+    """Why a checkpoint cannot be used, in a few words, or None where every file is as its manifest says."""
+    try:
+        files = json.loads((path / MANIFEST).read_text())["files"]
+        for name, expected in files.items():
+            if not (path / name).is_file():
+                return f"{name} is missing"
+            if (path / name).stat().st_size != expected["bytes"]:
+                return f"{name} has {(path / name).stat().st_size} bytes instead of {expected['bytes']}"
+            with (path / name).open("rb") as file:
+                if hashlib.file_digest(file, "sha256").hexdigest() != expected["sha256"]:
+                    return f"the content of {name} has changed"
+    except FileNotFoundError:
+        return f"{MANIFEST} is missing"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"{MANIFEST} cannot be read ({' '.join(str(error).split())})"
+    return None
+
+
+def find(output_dir: Path, wanted: str, accelerator: Accelerator) -> Path | None:
+    """The checkpoint that `--resume_from_checkpoint` names, verified by the main process for all.
+
+    Args:
+        wanted: `latest` for the newest whole one (damaged ones are named and passed over), or a path.
+
+    Returns:
+        The folder, or None where `latest` finds no checkpoint at all.
+
+    Raises:
+        InputError: the named one does not exist or is damaged, or all are damaged.
+    """
+    found: list = [None, None]
+    if accelerator.is_main_process:
+        try:
+            found[0] = _find(output_dir, wanted)
+        except InputError as error:
+            found[1] = str(error)
+    found = broadcast_object_list(found)
+    if found[1] is not None:
+        raise InputError(found[1])
+    return found[0]
+
+
+def _find(output_dir: Path, wanted: str) -> Path | None:
+    if wanted == "latest":
+        candidates = all_in(output_dir)
+        for path in reversed(candidates):
+            problem = problem_with(path)
+            if problem is None:
+                return path
+            logger.warning("Passing over the damaged %s: %s.", path, problem)
+        if candidates:
+            raise InputError(f"--resume_from_checkpoint latest: every checkpoint in {output_dir} is damaged.")
+        return None
+    # As in the Diffusers scripts, a bare name stands for a checkpoint in the output folder.
+    path = Path(wanted) if Path(wanted).is_dir() else output_dir / wanted
+    if not path.is_dir():
+        names = ", ".join(path.name for path in all_in(output_dir)) or "none"
+        raise InputError(f"--resume_from_checkpoint {wanted}: there is no such checkpoint; {output_dir} has: {names}.")
+    problem = problem_with(path)
+    if problem is not None:
+        raise InputError(f"--resume_from_checkpoint {wanted}: the checkpoint is damaged: {problem}.")
+    return path

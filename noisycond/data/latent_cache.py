@@ -1,0 +1,186 @@
+"""A dataset encoded once: the first stage's moments in a memory-mapped file, keyed by everything they depend on.
+
+Letters: N examples, M channels of the moments, h × w their size, V views (2 with random flips: as it is, mirrored).
+"""
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+from tqdm import tqdm
+
+from noisycond.data.images import UNREADABLE, BadImages, LabelledImages
+from noisycond.errors import InputError
+from noisycond.first_stage import FirstStage
+
+
+logger = logging.getLogger(__name__)
+FORMAT = 1
+ENCODING_BATCH = 64
+
+
+def default_cache_dir() -> Path:
+    """~/.cache/noisycond/latents, or below $XDG_CACHE_HOME."""
+    return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "noisycond" / "latents"
+
+
+class CachedLatents(Dataset):
+    """Training examples whose moments [M, h, w] come from a cache: same order, keys, flips and stand-ins for unreadable
+    images as the [`LabelledImages`] it was made from."""
+
+    def __init__(self, images: LabelledImages, moments: np.ndarray, readable: np.ndarray):
+        self.images, self.memory, self.readable = images, moments, readable
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, item: tuple[int, int, int]) -> dict:
+        index, epoch, position = item
+        if not self.readable[index]:
+            following = np.flatnonzero(self.readable)
+            index = int(following[np.searchsorted(following, index) % len(following)])
+        view = int(self.images.transform.is_flipped(index, epoch))
+        return {
+            "index": index,
+            "epoch": epoch,
+            "position": position,
+            "moments": torch.from_numpy(self.memory[index, view].copy()),
+            "class_labels": int(self.images.source.labels[index]),
+        }
+
+
+def cache_key(images: LabelledImages, first_stage: FirstStage) -> dict:
+    """Everything the cached moments depend on."""
+    transform = images.transform
+    return {
+        "format": FORMAT,
+        "dataset": images.source.fingerprint,
+        "examples": len(images),
+        "first_stage": first_stage.fingerprint,
+        "resolution": transform.resolution,
+        "center_crop": transform.center_crop,
+        "interpolation": transform.interpolation,
+        "views": 1 + transform.random_flip,
+    }
+
+
+def open_latent_cache(
+    images: LabelledImages, first_stage: FirstStage, folder: Path, accelerator, bad_images: BadImages
+) -> CachedLatents:
+    """Opens the cache of this dataset and first stage below `folder`, after making it where there is none that matches.
+
+    All processes take part in the encoding, in chunks of the whole dataset, so that the content does not depend on
+    their number.
+
+    Raises:
+        InputError: too many unreadable images, or no space left.
+    """
+    key = cache_key(images, first_stage)
+    path = Path(folder) / hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:20]
+    problem = _problem_with(path, key)
+    if problem is None:
+        logger.info("Latents come from the cache %s.", path)
+    else:
+        if accelerator.is_main_process:
+            if path.exists():
+                logger.warning("The latent cache %s is not used and made anew: %s.", path, problem)
+            _check_space(Path(folder), images, first_stage)
+        _build(path, key, images, first_stage, accelerator)
+    bad_images.add(json.loads((path / "bad_images.json").read_text()), quiet=not accelerator.is_main_process)
+    return CachedLatents(images, np.load(path / "moments.npy", mmap_mode="r"), np.load(path / "readable.npy"))
+
+
+def _problem_with(path: Path, key: dict) -> str | None:
+    try:
+        manifest = json.loads((path / "manifest.json").read_text())
+        if manifest["key"] != key:
+            return "it belongs to other data or another first stage"
+        for name, size in manifest["files"].items():
+            if (path / name).stat().st_size != size:
+                return f"{name} has {(path / name).stat().st_size} bytes instead of {size}"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return " ".join(str(error).split()) or type(error).__name__
+    return None
+
+
+def _moments_shape(images: LabelledImages, first_stage: FirstStage) -> tuple[int, ...]:
+    channels = first_stage.latent_channels * (2 if first_stage.is_variational else 1)
+    side = images.transform.resolution // first_stage.factor
+    return len(images), 1 + images.transform.random_flip, channels, side, side
+
+
+def _check_space(folder: Path, images: LabelledImages, first_stage: FirstStage) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    needed, free = 4 * int(np.prod(_moments_shape(images, first_stage))), shutil.disk_usage(folder).free
+    if needed > free:
+        raise InputError(
+            f"--latent_cache_dir {folder}: no space left: the cache takes {needed / 1e9:.1f} GB and {free / 1e9:.1f} "
+            "GB are free; name another folder or leave --cache_latents off."
+        )
+
+
+def _build(path: Path, key: dict, images: LabelledImages, first_stage: FirstStage, accelerator) -> None:
+    making = path.with_name(path.name + ".making.tmp")
+    if accelerator.is_main_process:
+        shutil.rmtree(making, ignore_errors=True)
+        making.mkdir(parents=True)
+        shape = _moments_shape(images, first_stage)
+        np.lib.format.open_memmap(making / "moments.npy", mode="w+", dtype=np.float32, shape=shape).flush()
+    accelerator.wait_for_everyone()
+    memory = np.lib.format.open_memmap(making / "moments.npy", mode="r+")
+    chunks = range(accelerator.process_index, -(-len(images) // ENCODING_BATCH), accelerator.num_processes)
+    unreadable: dict[int, str] = {}
+    for chunk in tqdm(chunks, desc="encoding images", unit="batch", disable=not accelerator.is_main_process):
+        indices = range(chunk * ENCODING_BATCH, min((chunk + 1) * ENCODING_BATCH, len(images)))
+        unreadable.update(_encode(indices, memory, images, first_stage))
+    memory.flush()
+    (making / f"unreadable-{accelerator.process_index}.json").write_text(json.dumps(unreadable))
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        _finish(making, path, key, len(images))
+    accelerator.wait_for_everyone()
+
+
+def _encode(indices: range, memory: np.ndarray, images: LabelledImages, first_stage: FirstStage) -> dict[int, str]:
+    """Encodes these examples into `memory` [N, V, M, h, w]; returns the names of those that could not be read."""
+    views: list[list[torch.Tensor]] = [[] for _ in range(memory.shape[1])]
+    done, unreadable = [], {}
+    for index in indices:
+        try:
+            image = images.source.read(index, images.transform.resolution)
+        except UNREADABLE as error:
+            unreadable[index] = f"{images.source.name(index)} ({' '.join(str(error).split())})"
+            continue
+        pixels = images.transform.pixels(image, index, epoch=0)
+        done.append(index)
+        for view, store in enumerate(views):
+            store.append(pixels.flip(-1) if view else pixels)
+    if done:
+        for view, store in enumerate(views):
+            memory[done, view] = first_stage.moments(torch.stack(store)).cpu().numpy()
+    return unreadable
+
+
+def _finish(making: Path, path: Path, key: dict, size: int) -> None:
+    unreadable: dict[str, str] = {}
+    for part in making.glob("unreadable-*.json"):
+        unreadable.update(json.loads(part.read_text()))
+        part.unlink()
+    readable = np.ones(size, dtype=bool)
+    readable[[int(index) for index in unreadable]] = False
+    if not readable.any():
+        shutil.rmtree(making)
+        raise InputError(f"none of the {size} images can be read, for example {next(iter(unreadable.values()))}.")
+    np.save(making / "readable.npy", readable)
+    (making / "bad_images.json").write_text(json.dumps([unreadable[i] for i in sorted(unreadable, key=int)]))
+    files = {file.name: file.stat().st_size for file in making.iterdir()}
+    # The manifest comes last: a cache without one was never finished.
+    (making / "manifest.json").write_text(json.dumps({"key": key, "files": files}, indent=2))
+    shutil.rmtree(path, ignore_errors=True)
+    making.rename(path)

@@ -1,0 +1,236 @@
+"""Where labelled images come from: the digits default, image folders, and everything that `datasets` opens.
+
+A source knows its labels without opening an image, so that label corruption and class subsets cost nothing.
+"""
+
+import hashlib
+import io
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from noisycond import randomness
+from noisycond.errors import InputError, closest
+from noisycond.randomness import Purpose
+
+
+class ImageSource:
+    """A list of labelled images.
+
+    Attributes:
+        labels [N]: int64 in [0, K).
+        class_names: K names, in the order of the labels.
+        fingerprint: a string that changes with the content; the latent cache is keyed by it.
+    """
+
+    labels: np.ndarray
+    class_names: list[str]
+    fingerprint: str
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def read(self, index: int, resolution: int) -> Image.Image:
+        """The image, RGB. `resolution` is a hint for sources that draw their images. Raises OSError, ValueError or
+        SyntaxError (as Pillow does) where it cannot be decoded."""
+        raise NotImplementedError
+
+    def name(self, index: int) -> str:
+        """What a message calls the image."""
+        raise NotImplementedError
+
+
+class Digits(ImageSource):
+    """The 1,797 handwritten digits of scikit-learn (Alpaydin & Kaynak, 1998): 8×8 pixels with 17 grey values, drawn
+    white on black at the asked resolution by bicubic interpolation.
+
+    Args:
+        split: `train` (1,437) or `test` (360); a stratified split that no seed changes.
+    """
+
+    SPLITS = ("train", "test")
+
+    def __init__(self, split: str = "train"):
+        from sklearn.datasets import load_digits
+        from sklearn.model_selection import train_test_split
+
+        if split not in self.SPLITS:
+            raise InputError(f"--dataset_split {split}: digits has the splits {' and '.join(self.SPLITS)}.")
+        images, labels = load_digits(return_X_y=True)
+        chosen = train_test_split(np.arange(len(labels)), test_size=0.2, random_state=0, stratify=labels)
+        self.positions = np.sort(chosen[self.SPLITS.index(split)])
+        self.pixels = np.rint(images[self.positions].reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)
+        self.labels = labels[self.positions].astype(np.int64)
+        self.class_names = [str(digit) for digit in range(10)]
+        self.fingerprint = hashlib.sha256(self.pixels.tobytes() + self.labels.tobytes()).hexdigest()
+
+    def read(self, index: int, resolution: int) -> Image.Image:
+        image = Image.fromarray(self.pixels[index]).resize((resolution, resolution), Image.Resampling.BICUBIC)
+        return image.convert("RGB")
+
+    def name(self, index: int) -> str:
+        return f"digit {self.positions[index]}"
+
+
+class ImageFolder(ImageSource):
+    """Images in one sub-folder per class, as `torchvision.datasets.ImageFolder` reads them."""
+
+    def __init__(self, root: str):
+        from torchvision.datasets import ImageFolder as TorchvisionImageFolder
+
+        try:
+            folder = TorchvisionImageFolder(root)
+        except FileNotFoundError as error:
+            raise InputError(
+                f"--train_data_dir {root}: {error}. Expected one sub-folder of images per class."
+            ) from None
+        self.root = Path(root)
+        self.paths = [path for path, _ in folder.samples]
+        self.labels = np.asarray(folder.targets, dtype=np.int64)
+        self.class_names = folder.classes
+        digest = hashlib.sha256()
+        for path in self.paths:
+            status = Path(path).stat()
+            digest.update(f"{Path(path).relative_to(root)}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
+        self.fingerprint = digest.hexdigest()
+
+    def read(self, index: int, resolution: int) -> Image.Image:
+        with Image.open(self.paths[index]) as image:
+            return image.convert("RGB")
+
+    def name(self, index: int) -> str:
+        return str(self.paths[index])
+
+
+class HuggingFaceDataset(ImageSource):
+    """A map-style dataset of `datasets`: a Hub id, a folder it can load, or one written by `save_to_disk`."""
+
+    def __init__(self, name: str, config: str | None, split: str, image_column: str, label_column: str, cache_dir):
+        import datasets
+
+        dataset = self._open(datasets, name, config, split, cache_dir)
+        for option, column in (("--image_column", image_column), ("--label_column", label_column)):
+            if column not in dataset.column_names:
+                raise InputError(
+                    f"{option} {column}: the dataset {name} has the columns {', '.join(dataset.column_names)}"
+                    f"{closest(column, dataset.column_names)}."
+                )
+        if not isinstance(dataset.features[image_column], datasets.Image):
+            raise InputError(f"--image_column {image_column}: this column of {name} holds no images.")
+        # Decoded here and not by `datasets`, so that a broken image can be named and skipped.
+        self.dataset = dataset.cast_column(image_column, datasets.Image(decode=False))
+        self.title, self.image_column = name, image_column
+        self.labels, self.class_names = self._labels(dataset, label_column)
+        self.fingerprint = f"{dataset._fingerprint}/{image_column}/{label_column}"
+
+    @staticmethod
+    def _open(datasets, name: str, config: str | None, split: str, cache_dir):
+        try:
+            if (Path(name) / "dataset_info.json").is_file() or (Path(name) / "dataset_dict.json").is_file():
+                dataset = datasets.load_from_disk(name)
+                if isinstance(dataset, datasets.DatasetDict):
+                    if split not in dataset:
+                        raise InputError(f"--dataset_split {split}: {name} has the splits {', '.join(dataset)}.")
+                    dataset = dataset[split]
+                return dataset
+            return datasets.load_dataset(name, config, split=split, cache_dir=cache_dir)
+        except InputError:
+            raise
+        except Exception as error:  # `datasets` raises a dozen unrelated types for a name it cannot open
+            reason = " ".join(str(error).split())
+            raise InputError(f"--dataset_name {name}: `datasets` cannot open it ({reason}).") from error
+
+    @staticmethod
+    def _labels(dataset, column: str) -> tuple[np.ndarray, list[str]]:
+        feature = dataset.features[column]
+        values = dataset.with_format("numpy")[column] if hasattr(feature, "names") else dataset[column]
+        values = np.asarray(list(values))
+        if hasattr(feature, "names"):
+            return values.astype(np.int64), list(feature.names)
+        if values.dtype.kind not in "iuUS":
+            raise InputError(f"--label_column {column}: expected class labels (integers or names), not {feature}.")
+        names, labels = np.unique(values, return_inverse=True)
+        return labels.astype(np.int64), [str(name) for name in names]
+
+    def read(self, index: int, resolution: int) -> Image.Image:
+        entry = self.dataset[int(index)][self.image_column]
+        with Image.open(io.BytesIO(entry["bytes"]) if entry["bytes"] is not None else entry["path"]) as image:
+            return image.convert("RGB")
+
+    def name(self, index: int) -> str:
+        path = self.dataset[int(index)][self.image_column]["path"]
+        return f"{self.title}[{index}]" + (f" ({path})" if path else "")
+
+
+class Subset(ImageSource):
+    """Some examples of a source, with their classes numbered anew in the old order."""
+
+    def __init__(self, source: ImageSource, kept: np.ndarray, classes: Sequence[int] | None = None):
+        classes = range(len(source.class_names)) if classes is None else sorted(classes)
+        renumber = np.full(len(source.class_names), -1, dtype=np.int64)
+        renumber[list(classes)] = np.arange(len(classes))
+        self.source, self.kept = source, kept
+        self.labels = renumber[source.labels[kept]]
+        self.class_names = [source.class_names[label] for label in classes]
+        self.fingerprint = hashlib.sha256(source.fingerprint.encode() + kept.tobytes()).hexdigest()
+
+    def read(self, index: int, resolution: int) -> Image.Image:
+        return self.source.read(int(self.kept[index]), resolution)
+
+    def name(self, index: int) -> str:
+        return self.source.name(int(self.kept[index]))
+
+
+def choose_classes(class_names: list[str], class_subset: str, seed: int) -> list[int]:
+    """The classes of `--class_subset`: a number to pick at random with this seed, or a file with a name per line.
+
+    Raises:
+        InputError: no such file, an unknown or repeated name, or more classes than there are.
+    """
+    if class_subset.isdigit():
+        count = int(class_subset)
+        if not 1 <= count <= len(class_names):
+            raise InputError(f"--class_subset {count}: the dataset has {len(class_names)} classes; ask for 1 to that.")
+        return sorted(randomness.permutation(seed, Purpose.CLASS_SUBSET, len(class_names))[:count].tolist())
+    path = Path(class_subset)
+    if not path.is_file():
+        raise InputError(f"--class_subset {class_subset}: expected a number of classes or a file of class names.")
+    wanted = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    places = {name: place for place, name in enumerate(class_names)}
+    for name in wanted:
+        if name not in places:
+            raise InputError(f"--class_subset {path}: the dataset has no class {name!r}{closest(name, class_names)}.")
+    if len(set(wanted)) != len(wanted) or not wanted:
+        raise InputError(f"--class_subset {path}: expected class names, each once; it is empty or repeats one.")
+    return sorted(places[name] for name in wanted)
+
+
+def open_source(args, split: str | None = None) -> ImageSource:
+    """The images that [`DataArguments`] name, with the class subset and sample limit applied.
+
+    Args:
+        args: a [`noisycond.arguments.DataArguments`]; split: another split than `args.dataset_split`.
+    """
+    if args.train_data_dir is not None:
+        source: ImageSource = ImageFolder(args.train_data_dir)
+    elif args.dataset_name == "digits":
+        source = Digits(split or args.dataset_split)
+    else:
+        source = HuggingFaceDataset(
+            args.dataset_name,
+            args.dataset_config_name,
+            split or args.dataset_split,
+            args.image_column,
+            args.label_column,
+            args.cache_dir,
+        )
+    if args.class_subset is not None:
+        classes = choose_classes(source.class_names, args.class_subset, args.class_subset_seed)
+        source = Subset(source, np.flatnonzero(np.isin(source.labels, classes)), classes)
+    if args.max_train_samples is not None and args.max_train_samples < len(source):
+        source = Subset(source, np.arange(args.max_train_samples))
+    if len(source) == 0:
+        raise InputError("the dataset is empty: no image is left to train on.")
+    return source

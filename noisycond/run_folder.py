@@ -1,0 +1,193 @@
+"""The output folder of a run: whose it is, with what settings, and its log.
+
+run.json            arguments, facts of the data, package versions
+log.jsonl           one line per logged step
+checkpoint-<step>/  see checkpoints.py
+samples/, loss.png  pictures
+"""
+
+import dataclasses
+import json
+import logging
+import platform
+import shutil
+from importlib import metadata
+from pathlib import Path
+
+from noisycond.errors import InputError
+
+
+logger = logging.getLogger(__name__)
+PACKAGES = ("noisycond", "torch", "diffusers", "transformers", "accelerate", "datasets", "safetensors", "numpy")
+
+# Settings in which a resumed run may differ from the one it continues. Whatever stands here changes where things are
+# written, how often, or the order of floating-point operations, but not what is computed.
+MAY_CHANGE = {
+    "recipe",
+    "output_dir",
+    "overwrite_output_dir",
+    "resume_from_checkpoint",
+    "checkpointing_steps",
+    "checkpoints_total_limit",
+    "logging_steps",
+    "logging_dir",
+    "report_to",
+    "validation_steps",
+    "validation_guidance_scale",
+    "validation_inference_steps",
+    "validation_images_per_class",
+    "dataloader_num_workers",
+    "cpu_threads_per_process",
+    "cache_dir",
+    "cache_latents",
+    "latent_cache_dir",
+    "max_bad_images",
+    "max_nonfinite_steps",
+    "save_corruption_map",
+    "gradient_checkpointing",
+    "enable_xformers_memory_efficient_attention",
+    "torch_compile",
+    "allow_tf32",
+    "train_batch_size",  # the global batch size is compared instead
+    "gradient_accumulation_steps",
+    "num_train_epochs",  # max_train_steps is compared instead, where the learning rate depends on it
+}
+# Exported pipelines: every component folder that a pipeline of this project writes.
+OWNED = ("run.json", "log.jsonl", "loss.png", "samples", "corruption.json", "corruption_map.csv", "README.md") + (
+    "model_index.json",
+    "config.json",
+    "diffusion_pytorch_model.safetensors",
+    "transformer",
+    "vae",
+    "scheduler",
+    ".export.tmp",
+)
+
+
+class RunFolder:
+    """The output folder of a training run.
+
+    Args:
+        path: `--output_dir`.
+    """
+
+    def __init__(self, path: str):
+        self.path = Path(path)
+        self.settings_file = self.path / "run.json"
+        self.log_file = self.path / "log.jsonl"
+        self.samples = self.path / "samples"
+
+    def holds_a_run(self) -> bool:
+        """Whether an earlier run left its settings or checkpoints here."""
+        return self.settings_file.exists() or any(self.path.glob("checkpoint-*"))
+
+    def check(self, args) -> None:
+        """Refuses a folder that cannot be used as it is. To be called before any work.
+
+        Raises:
+            InputError: it is a file, or it holds another run and neither --resume_from_checkpoint nor
+                --overwrite_output_dir was given.
+        """
+        if self.path.exists() and not self.path.is_dir():
+            raise InputError(f"--output_dir {self.path} is a file, not a folder.")
+        if self.holds_a_run() and not (args.resume_from_checkpoint or args.overwrite_output_dir):
+            raise InputError(
+                f"--output_dir {self.path} holds another run: continue it with --resume_from_checkpoint latest, replace "
+                "it with --overwrite_output_dir, or name another folder."
+            )
+
+    def open(self, args, facts: dict, script: str) -> None:
+        """Claims the folder for this run: removes an earlier one where that was asked, or compares settings with it.
+
+        Main process only.
+
+        Args:
+            args: the resolved arguments. facts: what else must not change, as plain JSON values (dataset and
+                first-stage fingerprints, global batch size, class names).
+
+        Raises:
+            InputError: a resumed run was made with other settings; the message says which.
+        """
+        settings = {
+            "script": script,
+            "arguments": dataclasses.asdict(args),
+            "facts": facts,
+            "versions": {name: _version(name) for name in PACKAGES} | {"python": platform.python_version()},
+        }
+        if args.overwrite_output_dir:
+            self._remove_earlier_run(args.logging_dir)
+        elif self.settings_file.exists():
+            self._compare(json.loads(self.settings_file.read_text()), settings)
+        self.path.mkdir(parents=True, exist_ok=True)
+        write_atomically(self.settings_file, json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
+
+    def _remove_earlier_run(self, logging_dir: str) -> None:
+        # Only what a run writes: the folder may be somebody's home.
+        for path in [self.path / name for name in (*OWNED, logging_dir)] + [*self.path.glob("checkpoint-*")]:
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+
+    def _compare(self, earlier: dict, now: dict) -> None:
+        old, new = earlier["arguments"], now["arguments"]
+        ignored = set(MAY_CHANGE)
+        if new["lr_scheduler"] in ("constant", "constant_with_warmup", "piecewise_constant"):
+            ignored.add("max_train_steps")
+        differences = [
+            f"--{name} was {old.get(name)!r} and is {value!r}"
+            for name, value in new.items()
+            if name not in ignored and old.get(name) != value
+        ] + [
+            f"{name.replace('_', ' ')} was {_short(earlier['facts'].get(name))} and is {_short(value)}"
+            for name, value in now["facts"].items()
+            if earlier["facts"].get(name) != value
+        ]
+        if earlier["script"] != now["script"]:
+            differences.insert(0, f"the script was {earlier['script']} and is {now['script']}")
+        if differences:
+            raise InputError(
+                f"--resume_from_checkpoint: the run in {self.path} has other settings: {'; '.join(differences)}. Use "
+                "the settings it was started with, or another --output_dir."
+            )
+
+    def cut_log(self, step: int) -> None:
+        """Drops the log's lines after this step: what a killed run logged past its last checkpoint comes again."""
+        if not self.log_file.exists():
+            return
+        kept = []
+        for line in self.log_file.read_text().splitlines():
+            try:
+                if json.loads(line)["step"] <= step:
+                    kept.append(line + "\n")
+            except (ValueError, KeyError):  # the line the kill cut in two
+                continue
+        write_atomically(self.log_file, "".join(kept))
+
+    def log(self, row: dict) -> None:
+        """Appends one line to the log."""
+        with self.log_file.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def read_log(self) -> list[dict]:
+        """The logged rows, in order of steps."""
+        return [json.loads(line) for line in self.log_file.read_text().splitlines()] if self.log_file.exists() else []
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Writes a small text file beside its final name and renames it, so that it is whole or as it was."""
+    beside = path.with_name(path.name + ".part")
+    beside.write_text(text, encoding="utf-8")
+    beside.replace(path)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _short(value) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
