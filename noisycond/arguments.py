@@ -299,7 +299,7 @@ def parse_arguments(cls: type[ArgumentsT], argv: list[str] | None = None, defaul
     recipe_argv = [] if recipe in (None, "none") else _recipe_arguments(recipe, cls, _other_dataset_flag(argv))
     try:
         arguments, unknown = parser.parse_args_into_dataclasses(
-            recipe_argv + argv, return_remaining_strings=True, look_for_args_filename=False
+            recipe_argv + argv, return_remaining_strings=True, look_for_args_file=False
         )
     except InputError:
         raise

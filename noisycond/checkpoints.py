@@ -1,4 +1,5 @@
-"""Checkpoints that are whole or not there: written beside their name, manifest last, then renamed; verified on resume."""
+"""Checkpoints that are whole or not there: written beside their name, manifest last, then renamed; and verified when a
+run resumes."""
 
 import errno
 import hashlib
@@ -11,9 +12,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, gather_object
 
 from noisycond.errors import InputError
+from noisycond.processes import on_all, on_main
 
 
 logger = logging.getLogger(__name__)
@@ -51,19 +52,17 @@ def save(
         for stale in output_dir.glob(".checkpoint-*.tmp"):
             shutil.rmtree(stale, ignore_errors=True)
     accelerator.wait_for_everyone()
-    failure = _attempt(lambda: (making.mkdir(parents=True, exist_ok=True), write(making)))
-    failure = next((reason for reason in gather_object([failure]) if reason), None)
-    if failure is None and accelerator.is_main_process:
-        failure = _attempt(lambda: _finish(making, final))
-    failure = broadcast_object_list([failure])[0]
-    if failure is not None:
+    try:
+        on_all(accelerator, lambda: _writing(lambda: (making.mkdir(parents=True, exist_ok=True), write(making))))
+        on_main(accelerator, lambda: _writing(lambda: _finish(making, final)))
+    except InputError as error:
         if accelerator.is_main_process:
             shutil.rmtree(making, ignore_errors=True)
         kept = [path.name for path in all_in(output_dir) if problem_with(path) is None]
         raise InputError(
-            f"--output_dir {output_dir}: {failure} while writing checkpoint-{step}; "
+            f"--output_dir {output_dir}: {error} while writing checkpoint-{step}; "
             + (f"{kept[-1]} is whole, continue with --resume_from_checkpoint latest." if kept else "none is saved.")
-        )
+        ) from error
     if accelerator.is_main_process and limit is not None:
         for path in all_in(output_dir)[:-limit]:
             _remove(path)
@@ -71,21 +70,17 @@ def save(
     return final
 
 
-def _attempt(action: Callable[[], object]) -> str | None:
-    """Runs a writing action; returns why it failed, or None."""
+def _writing(action: Callable[[], object]) -> None:
+    """Runs a writing action; its failure becomes an InputError that names the cause."""
     try:
         action()
     except Exception as error:  # torch and safetensors wrap a full disk in types of their own
-        if isinstance(error, OSError) and error.errno in NO_SPACE:
-            return "no space left"
         text = " ".join(str(error).split())
-        if any(os.strerror(number).lower() in text.lower() for number in NO_SPACE):
-            return "no space left"
+        full = isinstance(error, OSError) and error.errno in NO_SPACE
         # PyTorch's zip writer reports a short write without its cause.
-        if "PytorchStreamWriter" in text or "unexpected pos" in text:
-            return "no space left (or the disk failed)"
-        return f"{type(error).__name__}: {text}"
-    return None
+        if full or any(os.strerror(number).lower() in text.lower() for number in NO_SPACE) or "unexpected pos" in text:
+            raise InputError("no space left") from error
+        raise InputError(f"{type(error).__name__} ({text})") from error
 
 
 def _finish(making: Path, final: Path) -> None:
@@ -143,16 +138,7 @@ def find(output_dir: Path, wanted: str, accelerator: Accelerator) -> Path | None
     Raises:
         InputError: the named one does not exist or is damaged, or all are damaged.
     """
-    found: list = [None, None]
-    if accelerator.is_main_process:
-        try:
-            found[0] = _find(output_dir, wanted)
-        except InputError as error:
-            found[1] = str(error)
-    found = broadcast_object_list(found)
-    if found[1] is not None:
-        raise InputError(found[1])
-    return found[0]
+    return on_main(accelerator, lambda: _find(output_dir, wanted))
 
 
 def _find(output_dir: Path, wanted: str) -> Path | None:

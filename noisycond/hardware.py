@@ -1,6 +1,7 @@
 """What the machine can do: the accelerator, threads, precision, and optional libraries, each checked with a sentence."""
 
 import importlib.util
+import logging
 import os
 import shutil
 
@@ -29,6 +30,7 @@ def make_accelerator(args: LoopArguments) -> Accelerator:
     _check_precision(args, on_gpu)
     _check_compiler(args, on_gpu)
     accelerator = Accelerator(
+        cpu=no_accelerator(),
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         mixed_precision=args.mixed_precision,
         log_with=None if args.report_to == "none" else args.report_to,
@@ -38,7 +40,20 @@ def make_accelerator(args: LoopArguments) -> Accelerator:
         set_threads(args.cpu_threads_per_process)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.allow_tf32
     set_seed(args.seed)
+    set_up_logging(accelerator)
     return accelerator
+
+
+def no_accelerator() -> bool:
+    """Whether everything runs on CPU. Told to accelerate, so that several launched processes find each other there too
+    (by gloo); left alone it would run each as if it were the only one."""
+    return not torch.accelerator.is_available()
+
+
+def set_up_logging(accelerator: Accelerator) -> None:
+    """Messages of this project on the main process, of libraries from warnings up."""
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    logging.getLogger("noisycond").setLevel(logging.INFO if accelerator.is_main_process else logging.ERROR)
 
 
 def require_library(name: str, flag: str) -> None:

@@ -12,13 +12,13 @@ Letters: B is the number of keys (examples), N a number of draws per key.
 import functools
 import hashlib
 from collections.abc import Sequence
-from enum import Enum
+from enum import StrEnum
 
 import numpy as np
 import torch
 
 
-class Purpose(str, Enum):
+class Purpose(StrEnum):
     """What a draw is for. Draws for different purposes are independent under one seed."""
 
     DATA_ORDER = "data order"

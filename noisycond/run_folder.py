@@ -14,7 +14,11 @@ import shutil
 from importlib import metadata
 from pathlib import Path
 
+from accelerate import Accelerator
+
+from noisycond import checkpoints
 from noisycond.errors import InputError
+from noisycond.processes import on_main
 
 
 logger = logging.getLogger(__name__)
@@ -96,14 +100,15 @@ class RunFolder:
                 "it with --overwrite_output_dir, or name another folder."
             )
 
-    def open(self, args, facts: dict, script: str) -> None:
+    def open(self, args, facts: dict, script: str, resume_from: Path | None = None) -> None:
         """Claims the folder for this run: removes an earlier one where that was asked, or compares settings with it.
 
         Main process only.
 
         Args:
             args: the resolved arguments. facts: what else must not change, as plain JSON values (dataset and
-                first-stage fingerprints, global batch size, class names).
+                first-stage fingerprints, global batch size, class names). resume_from: the checkpoint to take up,
+                whose run's settings are compared; None compares with those of this folder.
 
         Raises:
             InputError: a resumed run was made with other settings; the message says which.
@@ -114,10 +119,11 @@ class RunFolder:
             "facts": facts,
             "versions": {name: _version(name) for name in PACKAGES} | {"python": platform.python_version()},
         }
+        earlier = (resume_from.parent if resume_from else self.path) / self.settings_file.name
         if args.overwrite_output_dir:
             self._remove_earlier_run(args.logging_dir)
-        elif self.settings_file.exists():
-            self._compare(json.loads(self.settings_file.read_text()), settings)
+        elif earlier.exists():
+            self._compare(json.loads(earlier.read_text()), settings)
         self.path.mkdir(parents=True, exist_ok=True)
         write_atomically(self.settings_file, json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
 
@@ -172,6 +178,25 @@ class RunFolder:
     def read_log(self) -> list[dict]:
         """The logged rows, in order of steps."""
         return [json.loads(line) for line in self.log_file.read_text().splitlines()] if self.log_file.exists() else []
+
+
+def claim(run: RunFolder, args, facts: dict, script: str, accelerator: Accelerator) -> Path | None:
+    """Opens the folder for this run, on the main process for all; see [`RunFolder.open`].
+
+    Returns:
+        The verified checkpoint to resume from, or None to start at step 0.
+
+    Raises:
+        InputError: the checkpoint asked for is missing or damaged, or belongs to a run with other settings.
+    """
+    wanted = args.resume_from_checkpoint
+    resume_from = checkpoints.find(run.path, wanted, accelerator) if wanted else None
+    on_main(accelerator, lambda: run.open(args, facts, script, resume_from))
+    if resume_from is not None:
+        logger.info("Resuming from %s.", resume_from)
+    elif wanted:
+        logger.info("There is no checkpoint in %s yet: starting at step 0.", run.path)
+    return resume_from
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -1,0 +1,70 @@
+"""From flags to training batches: source, transform, first stage and latent cache put together."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from accelerate import Accelerator
+
+from noisycond.arguments import DataArguments, require
+from noisycond.data.batches import Batches
+from noisycond.data.images import BadImages, LabelledImages, Transform
+from noisycond.data.latent_cache import default_cache_dir, open_latent_cache
+from noisycond.data.sources import ImageSource, open_source
+from noisycond.first_stage import FirstStage
+
+
+@dataclass
+class TrainingData:
+    """The images of a run.
+
+    Attributes:
+        images: examples as pixels. bad_images: counts those that cannot be read.
+        facts: what a resumed run must share, as JSON values.
+    """
+
+    images: LabelledImages
+    bad_images: BadImages
+    facts: dict
+
+    @property
+    def source(self) -> ImageSource:
+        return self.images.source
+
+
+def open_training_data(args: DataArguments) -> TrainingData:
+    """Opens the dataset that the flags name.
+
+    Raises:
+        InputError: see [`noisycond.data.sources.open_source`].
+    """
+    source = open_source(args)
+    transform = Transform(
+        args.resolution, args.center_crop, args.random_flip, args.image_interpolation_mode, seed=args.seed
+    )
+    facts = {"dataset": source.fingerprint, "examples": len(source), "class_names": source.class_names}
+    return TrainingData(LabelledImages(source, transform), BadImages(args.max_bad_images), facts)
+
+
+def open_batches(args, data: TrainingData, accelerator: Accelerator, first_stage: FirstStage | None = None) -> Batches:
+    """This process's training batches: of latents where `--cache_latents` was given, of pixels otherwise.
+
+    Raises:
+        InputError: --cache_latents with random crops, too many unreadable images, or no space left for the cache.
+    """
+    dataset = data.images
+    if first_stage is not None and args.cache_latents:
+        require(
+            args.center_crop or args.dataset_name == "digits",
+            "--cache_latents needs --center_crop: a random crop is another image every epoch.",
+        )
+        folder = Path(args.latent_cache_dir) if args.latent_cache_dir else default_cache_dir()
+        dataset = open_latent_cache(data.images, first_stage, folder, accelerator, data.bad_images)
+    return Batches(
+        dataset,
+        args.train_batch_size,
+        args.gradient_accumulation_steps,
+        accelerator.num_processes,
+        accelerator.process_index,
+        args.seed,
+        args.dataloader_num_workers,
+    )

@@ -1,0 +1,106 @@
+"""Trained weights to a pipeline folder that stock diffusers loads, with a model card."""
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from diffusers import DDIMScheduler, DiffusionPipeline, DiTPipeline
+from huggingface_hub import ModelCard, ModelCardData
+
+from noisycond.denoisers import ConditionalDenoiser
+from noisycond.first_stage import FirstStage
+from noisycond.objective import DiffusionObjective
+
+
+def sampling_scheduler(objective: DiffusionObjective, noise_schedule: dict) -> DDIMScheduler:
+    """The DDIM scheduler of a training objective. It does not clip x_0, which would be wrong for latents.
+
+    Args:
+        noise_schedule: beta_schedule, beta_start and beta_end by diffusers' names.
+    """
+    return DDIMScheduler(
+        num_train_timesteps=len(objective.betas),
+        prediction_type=objective.prediction_type,
+        clip_sample=False,
+        **noise_schedule,
+    )
+
+
+def dit_pipeline(denoiser: ConditionalDenoiser, first_stage: FirstStage, scheduler: DDIMScheduler) -> DiTPipeline:
+    """The stock pipeline of a DiT with the weights it has now."""
+    transformer = denoiser.backbone.export(denoiser.encoder.table.weight)
+    pipeline = DiTPipeline(transformer, first_stage.model, scheduler)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline.to(first_stage.model.device)
+
+
+def export_pipeline(
+    pipeline: DiffusionPipeline, folder: Path, class_names: Sequence[str], card: ModelCard | None = None
+) -> None:
+    """Writes a pipeline folder, safetensors only: every component is written aside first and then moved into place,
+    the index last, so that an interrupted export leaves no folder that half loads.
+
+    Args:
+        folder: may hold other files (checkpoints, logs), which stay.
+        class_names: go into `model_index.json` as `id2label`, which the stock pipeline reads and does not write.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    making = folder / ".export.tmp"
+    shutil.rmtree(making, ignore_errors=True)
+    pipeline.save_pretrained(making, safe_serialization=True)
+    index_file = making / "model_index.json"
+    index = json.loads(index_file.read_text())
+    index["id2label"] = {str(label): name for label, name in enumerate(class_names)}
+    index_file.write_text(json.dumps(index, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    if card is not None:
+        card.save(making / "README.md")
+    (folder / "model_index.json").unlink(missing_ok=True)
+    for path in sorted(making.iterdir(), key=lambda path: path.name == "model_index.json"):
+        target = folder / path.name
+        if target.is_dir():
+            shutil.rmtree(target)
+        path.replace(target)
+    making.rmdir()
+
+
+def model_card(title: str, settings: dict[str, object], class_names: Sequence[str], picture: str) -> ModelCard:
+    """A model card: what was trained, with which corruption and CEP, the sample grid, and how to load it.
+
+    Args:
+        settings: what the table lists, in order. picture: the grid's path inside the folder.
+    """
+    data = ModelCardData(
+        license="apache-2.0",
+        library_name="diffusers",
+        pipeline_tag="unconditional-image-generation",
+        tags=["noisycond", "class-conditional", "condition-embedding-perturbation", "diffusers:DiTPipeline"],
+    )
+    rows = "\n".join(f"| {name} | {value} |" for name, value in settings.items())
+    shown = ", ".join(class_names[:10]) + (", …" if len(class_names) > 10 else "")
+    return ModelCard(
+        f"""---
+{data.to_yaml()}
+---
+
+# {title}
+
+A class-conditional latent diffusion model trained with noisycond, after *Slight Corruption in Pre-training Data Makes
+Better Diffusion Models* ([arXiv:2405.20494](https://arxiv.org/abs/2405.20494)).
+
+![samples]({picture})
+
+```py
+from diffusers import DiffusionPipeline
+
+pipeline = DiffusionPipeline.from_pretrained("PATH_OR_ID_OF_THIS_FOLDER")
+image = pipeline(class_labels=[3], num_inference_steps=50).images[0]
+```
+
+{len(class_names)} classes: {shown}
+
+| setting | value |
+| --- | --- |
+{rows}
+"""
+    )

@@ -1,0 +1,45 @@
+"""Pictures beside the numbers: sample grids and curves."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from PIL import Image
+
+
+def image_grid(images: Sequence[Image.Image], columns: int, gap: int = 2, scale: int = 1) -> Image.Image:
+    """Images of one size in rows of `columns`, on white, each `scale` times as large (nearest neighbour)."""
+    width, height = (side * scale for side in images[0].size)
+    rows = -(-len(images) // columns)
+    grid = Image.new("RGB", (columns * (width + gap) + gap, rows * (height + gap) + gap), "white")
+    for number, image in enumerate(images):
+        row, column = divmod(number, columns)
+        place = (gap + column * (width + gap), gap + row * (height + gap))
+        grid.paste(image.convert("RGB").resize((width, height), Image.Resampling.NEAREST), place)
+    return grid
+
+
+def plot_loss(rows: Sequence[dict], path: Path) -> None:
+    """The loss over steps, as it is and averaged over a window of a twentieth of the run, to a PNG.
+
+    Args:
+        rows: logged rows with `step` and `loss`.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    import numpy as np
+
+    steps, losses = np.array([row["step"] for row in rows]), np.array([row["loss"] for row in rows])
+    figure, axes = plt.subplots(figsize=(7, 4))
+    axes.plot(steps, losses, linewidth=0.6, alpha=0.4, label="loss")
+    window = max(1, len(losses) // 20)
+    if window > 1:
+        mean = np.convolve(losses, np.ones(window) / window, mode="valid")
+        axes.plot(steps[window - 1 :], mean, label=f"mean of {window} logged steps")
+    axes.set(xlabel="optimizer step", ylabel="training loss", yscale="log")
+    axes.grid(alpha=0.3, which="both")
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)

@@ -1,0 +1,106 @@
+"""Class labels to images through a pipeline, with a random stream of its own for every image.
+
+Letters: N images, K classes.
+"""
+
+import inspect
+from collections.abc import Sequence
+
+import diffusers
+import torch
+from diffusers import DiffusionPipeline
+from PIL import Image
+from tqdm import tqdm
+
+from noisycond import randomness
+from noisycond.errors import InputError, closest
+from noisycond.randomness import Purpose
+
+
+def balanced_labels(count: int, num_classes: int) -> torch.LongTensor:
+    """N labels that go through the classes in turn: 0, 1, …, K - 1, 0, …; counts differ by one at most."""
+    return torch.arange(count) % num_classes
+
+
+def random_labels(count: int, num_classes: int, seed: int) -> torch.LongTensor:
+    """N labels drawn uniformly, a function of the seed and each image's number."""
+    return randomness.randint(seed, Purpose.SAMPLED_CLASS, torch.arange(count), num_classes)
+
+
+def sample(
+    pipeline: DiffusionPipeline,
+    class_labels: Sequence[int],
+    numbers: Sequence[int],
+    *,
+    seed: int,
+    guidance_scale: float,
+    num_inference_steps: int,
+) -> list[Image.Image]:
+    """One batch of images.
+
+    Args:
+        pipeline: a class-conditional pipeline (`DiTPipeline`).
+        class_labels: a label per image. numbers: each image's number, from which, with the seed, its noise is drawn.
+    """
+    generators = [randomness.generator_for(seed, Purpose.SAMPLING, int(number)) for number in numbers]
+    return pipeline(
+        [int(label) for label in class_labels],
+        guidance_scale=guidance_scale,
+        generator=generators,
+        num_inference_steps=num_inference_steps,
+    ).images
+
+
+def class_rows(num_classes: int, per_class: int, limit: int = 10) -> list[int]:
+    """Labels for a sample grid: `per_class` of each of at most `limit` classes, spread evenly over all."""
+    shown = min(num_classes, limit)
+    return [row * num_classes // shown for row in range(shown) for _ in range(per_class)]
+
+
+def sample_all(
+    pipeline: DiffusionPipeline, class_labels: Sequence[int], *, batch_size: int = 50, **settings
+) -> list[Image.Image]:
+    """Images 0 to N - 1 with these labels, in batches, with a progress bar; the settings are those of [`sample`]."""
+    images: list[Image.Image] = []
+    for first in tqdm(range(0, len(class_labels), batch_size), desc="sampling", unit="batch"):
+        labels = class_labels[first : first + batch_size]
+        images += sample(pipeline, labels, range(first, first + len(labels)), **settings)
+    return images
+
+
+def open_pipeline(name_or_path: str, torch_dtype: torch.dtype, trust_remote_code: bool = False) -> DiffusionPipeline:
+    """The pipeline in a folder or on the Hub, quiet.
+
+    Raises:
+        InputError: there is none, or it does not take class labels.
+    """
+    try:
+        pipeline = DiffusionPipeline.from_pretrained(
+            name_or_path, torch_dtype=torch_dtype, trust_remote_code=trust_remote_code
+        )
+    except (OSError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"--pipeline {name_or_path}: diffusers cannot open it ({reason}).") from error
+    if "class_labels" not in inspect.signature(pipeline.__call__).parameters:
+        raise InputError(f"--pipeline {name_or_path}: a {type(pipeline).__name__} does not take class labels.")
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def set_scheduler(pipeline: DiffusionPipeline, name: str) -> None:
+    """Swaps in another scheduler of diffusers by its class name, with the noise schedule of the present one.
+
+    Raises:
+        InputError: diffusers has no such scheduler.
+    """
+    known = [entry for entry in dir(diffusers) if entry.endswith("Scheduler")]
+    if name not in known:
+        raise InputError(f"--scheduler {name}: diffusers has no such scheduler{closest(name, known)}.")
+    pipeline.scheduler = getattr(diffusers, name).from_config(pipeline.scheduler.config)
+
+
+def number_of_classes(pipeline: DiffusionPipeline, name_or_path: str) -> int:
+    """K: the length of `id2label` where the folder has one (it may stand beside a larger table), else the number of
+    embeddings of the denoiser."""
+    names = DiffusionPipeline.load_config(name_or_path).get("id2label")
+    return len(names) if isinstance(names, dict) else pipeline.transformer.config.num_embeds_ada_norm

@@ -1,0 +1,163 @@
+"""The one training loop: data → loss → backward → finite check → step → EMA → log → checkpoint → validate.
+
+It knows neither prediction type nor architecture; a script hands it a module, batches and a loss per example [B].
+"""
+
+import logging
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from accelerate import Accelerator
+from torch import nn
+from tqdm import tqdm
+
+from noisycond.arguments import LoopArguments
+from noisycond.data.batches import Batches
+from noisycond.data.images import BadImages, LabelledImages
+from noisycond.processes import on_main
+from noisycond.run_folder import RunFolder
+from noisycond.signals import StopSignals
+from noisycond.training_state import ComputeLoss, Tally, TrainingState
+
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class FitResult:
+    """How training ended: the last step, the signal that stopped it before the end (or None), the tallies' totals."""
+
+    step: int
+    stopped_by: str | None
+    totals: dict[str, dict]
+
+
+def steps_to_train(args: LoopArguments, dataset_size: int, global_batch_size: int) -> int:
+    """Optimizer steps of a run: --max_train_steps, or --num_train_epochs passes over the dataset."""
+    return args.max_train_steps or -(-args.num_train_epochs * dataset_size // global_batch_size)
+
+
+def fit(
+    denoiser: nn.Module,
+    batches: Batches,
+    compute_loss: ComputeLoss,
+    args: LoopArguments,
+    *,
+    accelerator: Accelerator,
+    run: RunFolder,
+    bad_images: BadImages,
+    resume_from: Path | None = None,
+    tallies: dict[str, Tally] | None = None,
+    validate: Callable[[int], None] | None = None,
+) -> FitResult:
+    """Trains until --max_train_steps, or until a signal asks to stop; the denoiser ends with the averaged weights.
+
+    Args:
+        denoiser: what is trained, checkpointed and averaged.
+        batches: this process's data.
+        compute_loss: `(prepared denoiser, batch, keys int64 [B]) → loss float32 [B]`. It must call the module it is
+            given: the raw one would bypass the synchronization of gradients.
+        run: the output folder, opened.
+        bad_images: counts the unreadable images that batches report.
+        resume_from: a verified checkpoint, see [`noisycond.run_folder.claim`].
+        tallies: counts that are logged and saved.
+        validate: called on the main process with the step, while the denoiser has the averaged weights.
+
+    Raises:
+        InputError: too many non-finite losses or unreadable images, or no space left.
+    """
+    max_steps = steps_to_train(args, len(batches.dataset), batches.global_batch_size)
+    state = TrainingState(denoiser.to(accelerator.device), args, max_steps, accelerator, tallies or {})
+    on_main(accelerator, state.check_space)
+    if resume_from is not None:
+        state.load(resume_from)
+    progress, saved_at = state.progress, state.progress.step
+    on_main(accelerator, lambda: run.cut_log(progress.step))
+    state.prepared.train()
+    with StopSignals() as stop, _bar(state) as bar:
+        stream = batches.starting_at(progress.attempted_step)
+        while progress.step < max_steps and state.stopped_by is None:
+            row = state.train_step(stream, compute_loss, stop, bad_images)
+            if row is None:
+                continue
+            bar.update()
+            bar.set_postfix(loss=f"{row['loss']:.4f}", refresh=False)
+            if progress.step % args.logging_steps == 0:
+                _log(state, run, row)
+            if args.checkpointing_steps and progress.step % args.checkpointing_steps == 0:
+                state.save()
+                saved_at = progress.step
+            if validate and args.validation_steps and progress.step % args.validation_steps == 0:
+                _validate(state, validate)
+        if saved_at != progress.step:
+            state.save()
+        totals = state.totals()
+    if state.ema is not None:
+        state.ema.copy_to(state.parameters)
+    accelerator.wait_for_everyone()
+    state.close()
+    return FitResult(progress.step, state.stopped_by if progress.step < max_steps else None, totals)
+
+
+def _log(state: TrainingState, run: RunFolder, row: dict) -> None:
+    for name, summary in state.totals().items():
+        row |= {f"{name}_{key}": value for key, value in summary.items() if isinstance(value, float)}
+    state.accelerator.log({key: value for key, value in row.items() if key != "step"}, step=row["step"])
+    if state.accelerator.is_main_process:
+        run.log(row)
+
+
+def _validate(state: TrainingState, validate: Callable[[int], None]) -> None:
+    if state.accelerator.is_main_process:
+        with state.averaged_weights():
+            state.denoiser.eval()
+            validate(state.progress.step)
+    state.prepared.train()
+    state.accelerator.wait_for_everyone()
+
+
+def _bar(state: TrainingState) -> tqdm:
+    return tqdm(
+        total=state.max_steps,
+        initial=state.progress.step,
+        desc="training",
+        unit="step",
+        disable=not state.accelerator.is_local_main_process,
+        dynamic_ncols=True,
+    )
+
+
+def announce(
+    args: LoopArguments, accelerator: Accelerator, images: LabelledImages, denoiser: nn.Module, batches: Batches
+):
+    """Starts the trackers and logs once what matters: dataset, parameters, effective batch, steps."""
+    if args.report_to != "none":
+        simple = {name: value for name, value in asdict(args).items() if isinstance(value, (bool, int, float, str))}
+        accelerator.init_trackers("noisycond", config=simple)
+    steps = steps_to_train(args, len(images), batches.global_batch_size)
+    parameters = sum(parameter.numel() for parameter in denoiser.parameters() if parameter.requires_grad)
+    logger.info("%d examples in %d classes.", len(images), len(images.source.class_names))
+    logger.info("%.2f M trainable parameters on %s.", parameters / 1e6, accelerator.device)
+    logger.info(
+        "%d steps of %d examples (%d per process × %d accumulated × %d processes), %.1f epochs.",
+        steps,
+        batches.global_batch_size,
+        args.train_batch_size,
+        args.gradient_accumulation_steps,
+        accelerator.num_processes,
+        steps * batches.global_batch_size / len(images),
+    )
+
+
+def finish(accelerator: Accelerator, result: FitResult, run: RunFolder) -> None:
+    """Closes the trackers, and says how to go on where a signal stopped the run."""
+    if result.stopped_by is not None:
+        logger.info(
+            "Stopped by %s after step %d; continue with --resume_from_checkpoint latest --output_dir %s.",
+            result.stopped_by,
+            result.step,
+            run.path,
+        )
+    accelerator.wait_for_everyone()
+    accelerator.end_training()

@@ -1,0 +1,243 @@
+"""What a training run consists of at any moment: weights, their average, optimizer, schedule, counts; and one step of
+it. Everything here is saved in a checkpoint and taken up again.
+"""
+
+import json
+import logging
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from diffusers.optimization import get_scheduler
+from diffusers.training_utils import EMAModel
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from noisycond import checkpoints
+from noisycond.arguments import LoopArguments
+from noisycond.data.images import BadImages
+from noisycond.errors import InputError
+from noisycond.randomness import step_keys
+from noisycond.signals import StopSignals
+
+
+logger = logging.getLogger(__name__)
+ComputeLoss = Callable[[nn.Module, dict, torch.Tensor], torch.Tensor]
+
+
+class Tally(Protocol):
+    """Counts that accumulate over the examples seen: kept per process, summed for logs, saved with checkpoints."""
+
+    counts: torch.Tensor
+
+    def summary(self, counts: torch.Tensor) -> dict:
+        """Plain values for a log or a JSON file."""
+
+
+@dataclass
+class Progress:
+    """Where a run stands.
+
+    Attributes:
+        step: optimizer steps taken. attempted_step: those and the skipped ones; data and draws are keyed by it.
+        nonfinite_steps: skipped steps in a row.
+    """
+
+    step: int = 0
+    attempted_step: int = 0
+    nonfinite_steps: int = 0
+
+
+class TrainingState:
+    """What [`noisycond.trainer.fit`] works on.
+
+    Args:
+        denoiser: what is trained. max_steps: optimizer steps of the whole run. tallies: named counts.
+    """
+
+    def __init__(self, denoiser: nn.Module, args: LoopArguments, max_steps: int, accelerator: Accelerator, tallies):
+        self.denoiser, self.args, self.accelerator, self.tallies = denoiser, args, accelerator, tallies
+        self.max_steps, self.progress = max_steps, Progress()
+        # Agreed on by all processes, unlike what each of them receives; see train_step.
+        self.stopped_by: str | None = None
+        self.parameters = [parameter for parameter in denoiser.parameters() if parameter.requires_grad]
+        self.names = [name for name, parameter in denoiser.named_parameters() if parameter.requires_grad]
+        self.optimizer = make_optimizer(self.parameters, args, accelerator.num_processes)
+        # Not prepared by accelerate, which would step it once per process: here one optimizer step is one step.
+        self.lr_schedule = get_scheduler(
+            args.lr_scheduler,
+            self.optimizer,
+            step_rules=args.lr_step_rules,
+            num_warmup_steps=args.lr_warmup_steps,
+            num_training_steps=max_steps,
+            num_cycles=args.lr_num_cycles,
+            power=args.lr_power,
+        )
+        if args.torch_compile:
+            denoiser.compile()
+        self.prepared, self.optimizer = accelerator.prepare(denoiser, self.optimizer)
+        self.ema = EMAModel(self.parameters, decay=args.ema_decay, foreach=True) if args.use_ema else None
+        self._hooks = [
+            accelerator.register_save_state_pre_hook(self._unwrapped_weights),
+            accelerator.register_load_state_pre_hook(self._load_unwrapped_weights),
+        ]
+
+    def train_step(
+        self, batches: Iterator[dict], compute_loss: ComputeLoss, stop: StopSignals, bad: BadImages
+    ) -> dict | None:
+        """One attempted optimizer step.
+
+        Returns:
+            The values to log, or None where the step was skipped because loss or gradient was not finite.
+        """
+        accelerator, progress = self.accelerator, self.progress
+        # Loss, wish to stop and unreadable images travel together: one reduction per step.
+        report, new_bad = torch.zeros(3, dtype=torch.float64, device=accelerator.device), []
+        for _ in range(self.args.gradient_accumulation_steps):
+            batch = _to_device(next(batches), accelerator.device)
+            keys = step_keys(progress.attempted_step, batch["position"])
+            with accelerator.accumulate(self.prepared):
+                loss = compute_loss(self.prepared, batch, keys).mean()
+                accelerator.backward(loss)
+            report[0] += loss.detach().double() / self.args.gradient_accumulation_steps
+            new_bad += batch.get("bad_images", [])
+        report[1], report[2] = float(stop.received is not None), float(len(new_bad))
+        report = accelerator.reduce(report, reduction="sum").tolist()
+        loss = report[0] / accelerator.num_processes
+        if report[1]:
+            self.stopped_by = stop.received or "a signal to another process"
+        if report[2]:
+            bad.add(gather_object(new_bad), quiet=not accelerator.is_main_process)
+
+        grad_norm = accelerator.clip_grad_norm_(self.parameters, self.args.max_grad_norm or float("inf"))
+        progress.attempted_step += 1
+        learning_rate = self.lr_schedule.get_last_lr()[0]
+        stepped = bool(torch.isfinite(grad_norm)) and torch.isfinite(torch.tensor(loss)).item()
+        if stepped or accelerator.scaler is not None:  # a gradient scaler must see the step it is to skip
+            self.optimizer.step()
+            stepped = stepped and not accelerator.optimizer_step_was_skipped
+        self.optimizer.zero_grad()
+        if not stepped:
+            self._skip(loss, float(grad_norm))
+            return None
+        progress.step, progress.nonfinite_steps = progress.step + 1, 0
+        self.lr_schedule.step()
+        if self.ema is not None:
+            self.ema.step(self.parameters)
+        return {"step": progress.step, "loss": loss, "lr": learning_rate, "grad_norm": float(grad_norm)}
+
+    def check_space(self) -> None:
+        """Raises InputError where the disk cannot hold one checkpoint and one export."""
+        folder = Path(self.args.output_dir)
+        copies = 1 + (self.ema is not None) + (2 if not self.args.use_8bit_adam else 0.5)
+        needed = (copies + 1) * sum(4 * parameter.numel() for parameter in self.denoiser.parameters())
+        free = shutil.disk_usage(folder).free
+        if needed > free:
+            raise InputError(
+                f"--output_dir {folder}: no space left: a checkpoint and the exported pipeline take about "
+                f"{needed / 1e9:.2f} GB and {free / 1e9:.2f} GB are free."
+            )
+
+    def _skip(self, loss: float, grad_norm: float) -> None:
+        self.progress.nonfinite_steps += 1
+        if self.accelerator.is_main_process:
+            logger.warning("Skipping a step: the loss is %s and the gradient norm %s.", loss, grad_norm)
+        if self.progress.nonfinite_steps >= self.args.max_nonfinite_steps:
+            last = checkpoints.all_in(Path(self.args.output_dir))
+            raise InputError(
+                f"{self.progress.nonfinite_steps} losses in a row were not finite (--max_nonfinite_steps), after step "
+                f"{self.progress.step}: lower --learning_rate or --max_grad_norm"
+                + (f"; {last[-1].name} is from before." if last else ".")
+            )
+
+    def totals(self) -> dict[str, dict]:
+        """The tallies' summaries, summed over the processes."""
+        return {name: tally.summary(self._total(tally)) for name, tally in self.tallies.items()}
+
+    def _total(self, tally: Tally) -> torch.Tensor:
+        return self.accelerator.reduce(tally.counts.to(self.accelerator.device), reduction="sum").cpu()
+
+    @contextmanager
+    def averaged_weights(self):
+        """Within it the denoiser has the averaged weights."""
+        if self.ema is not None:
+            self.ema.store(self.parameters)
+            self.ema.copy_to(self.parameters)
+        try:
+            yield
+        finally:
+            if self.ema is not None:
+                self.ema.restore(self.parameters)
+
+    def save(self) -> None:
+        """Saves a checkpoint of this step."""
+        counts = {name: self._total(tally).tolist() for name, tally in self.tallies.items()}
+        state = {**asdict(self.progress), "lr_schedule": self.lr_schedule.state_dict(), "tallies": counts}
+
+        def write(folder: Path) -> None:
+            self.accelerator.save_state(str(folder))
+            if self.accelerator.is_main_process:
+                if self.ema is not None:
+                    state["ema_step"] = self.ema.optimization_step
+                    save_file(dict(zip(self.names, self.ema.shadow_params, strict=True)), folder / "ema.safetensors")
+                (folder / "trainer_state.json").write_text(json.dumps(state))
+
+        limit = self.args.checkpoints_total_limit
+        checkpoints.save(Path(self.args.output_dir), self.progress.step, self.accelerator, write, limit)
+
+    def load(self, folder: Path) -> None:
+        """Takes up a checkpoint."""
+        self.accelerator.load_state(str(folder))
+        state = json.loads((folder / "trainer_state.json").read_text())
+        self.progress = Progress(state["step"], state["attempted_step"], state["nonfinite_steps"])
+        self.lr_schedule.load_state_dict(state["lr_schedule"])
+        if self.ema is not None:
+            shadow = load_file(folder / "ema.safetensors", device=str(self.accelerator.device))
+            self.ema.shadow_params = [shadow[name] for name in self.names]
+            self.ema.optimization_step = state["ema_step"]
+        for name, tally in self.tallies.items():
+            total = torch.tensor(state["tallies"][name])
+            tally.counts = total if self.accelerator.is_main_process else torch.zeros_like(total)
+
+    def _unwrapped_weights(self, models: list, weights: list, output_dir: str) -> None:
+        # Without the wrapper's prefix, so that another number of processes can resume.
+        weights[:] = [self.accelerator.unwrap_model(model).state_dict() for model in models]
+
+    def _load_unwrapped_weights(self, models: list, input_dir: str) -> None:
+        while models:
+            state = load_file(Path(input_dir) / "model.safetensors")
+            self.accelerator.unwrap_model(models.pop()).load_state_dict(state)
+
+    def close(self) -> None:
+        """Lets go of the accelerator's hooks, so that another run in this process can use it."""
+        for hook in self._hooks:
+            hook.remove()
+        self.accelerator.free_memory()
+
+
+def _to_device(batch: dict, device: torch.device) -> dict:
+    return {
+        name: value.to(device, non_blocking=True) if torch.is_tensor(value) else value for name, value in batch.items()
+    }
+
+
+def make_optimizer(parameters: list[nn.Parameter], args: LoopArguments, num_processes: int) -> torch.optim.Optimizer:
+    """AdamW with the run's settings, in 8 bits where asked; `--scale_lr` multiplies by the global batch size."""
+    factor = args.train_batch_size * args.gradient_accumulation_steps * num_processes if args.scale_lr else 1
+    if args.use_8bit_adam:
+        from bitsandbytes.optim import AdamW8bit as optimizer_class
+    else:
+        optimizer_class = torch.optim.AdamW
+    return optimizer_class(
+        parameters,
+        lr=args.learning_rate * factor,
+        betas=(args.adam_beta1, args.adam_beta2),
+        weight_decay=args.adam_weight_decay,
+        eps=args.adam_epsilon,
+    )

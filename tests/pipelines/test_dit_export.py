@@ -1,0 +1,120 @@
+"""The exported folder in stock diffusers: loaded by a process that can import nothing of this project."""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DiffusionPipeline, DiTPipeline
+
+from noisycond.denoisers import build_denoiser, find_denoiser
+from noisycond.export import dit_pipeline, export_pipeline, sampling_scheduler
+from noisycond.first_stage import open_first_stage
+from noisycond.objective import DiffusionObjective, make_betas
+
+
+NAMES = [str(digit) for digit in range(10)]
+STRANGER = """
+import hashlib, json, sys
+sys.modules["noisycond"] = None  # importing it fails
+import torch
+from diffusers import DiffusionPipeline
+torch.set_num_threads(1)
+pipeline = DiffusionPipeline.from_pretrained(sys.argv[1])
+pipeline.set_progress_bar_config(disable=True)
+assert type(pipeline).__module__.startswith("diffusers.")
+def digest(**options):
+    images = pipeline([3, 9, 0], generator=torch.manual_seed(5), num_inference_steps=4, output_type="np", **options).images
+    return hashlib.sha256(images.tobytes()).hexdigest()
+found = [digest(), digest(guidance_scale=1.0), pipeline.get_label_ids(["7"])]
+pipeline.save_pretrained(sys.argv[2])
+pipeline = DiffusionPipeline.from_pretrained(sys.argv[2])
+found.append(digest())
+print(json.dumps(found))
+"""
+
+
+def make(kind: str, learned_variance: bool, tmp_path, prediction_type: str = "epsilon"):
+    """A denoiser with weights far from the start, and its pipeline."""
+    torch.manual_seed(0)
+    first_stage = open_first_stage(kind)
+    channels = first_stage.latent_channels
+    config = {"num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 16, "in_channels": channels}
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(config | {"out_channels": channels * (1 + learned_variance)}))
+    denoiser = build_denoiser(find_denoiser(str(path)), class_names=NAMES, latent_channels=channels, latent_size=8)
+    with torch.no_grad():
+        for parameter in denoiser.parameters():
+            parameter.normal_(std=0.1)
+    schedule = {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02}
+    objective = DiffusionObjective(make_betas(*schedule.values(), 1000), prediction_type)
+    scheduler = sampling_scheduler(objective, schedule)
+    return denoiser.eval(), first_stage, scheduler, dit_pipeline(denoiser, first_stage, scheduler)
+
+
+def digest(pipeline, **options) -> str:
+    generator = torch.manual_seed(5)
+    images = pipeline([3, 9, 0], generator=generator, num_inference_steps=4, output_type="np", **options).images
+    return hashlib.sha256(images.tobytes()).hexdigest()
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("kind, learned_variance", [("digits-kl", False), ("digits-vq", True)])
+def test_a_stranger_gets_the_same_images(kind, learned_variance, tmp_path):
+    *_, pipeline = make(kind, learned_variance, tmp_path)
+    export_pipeline(pipeline, tmp_path / "out", NAMES)
+    command = [sys.executable, "-c", STRANGER, tmp_path / "out", tmp_path / "again"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": ""})
+    assert done.returncode == 0, done.stderr
+    guided, unguided, label, again = json.loads(done.stdout.splitlines()[-1])
+    assert guided == digest(pipeline) and unguided == digest(pipeline, guidance_scale=1.0)
+    assert again == guided and guided != unguided
+    assert label == [7]
+
+
+@pytest.mark.parametrize("learned_variance", [False, True])
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+@torch.no_grad()
+def test_the_pipeline_samples_as_the_training_module_predicts(tmp_path, learned_variance, prediction_type):
+    """A sampler written out with the training module gives the stock pipeline's images bit for bit, with guidance."""
+    denoiser, first_stage, scheduler, pipeline = make("digits-kl", learned_variance, tmp_path, prediction_type)
+    channels = first_stage.latent_channels
+    labels = torch.tensor([3, 9, 0])
+    latents = torch.randn((3, channels, 8, 8), generator=torch.manual_seed(5))
+    scheduler.set_timesteps(4)
+    null = torch.full_like(labels, denoiser.encoder.null_class)
+    for t in scheduler.timesteps:
+        condition = {"class_labels": torch.cat([labels, null])}
+        prediction = denoiser(torch.cat([latents] * 2), t.expand(6), condition)[:, :channels]
+        conditional, unconditional = prediction.chunk(2)
+        guided = unconditional + 4.0 * (conditional - unconditional)
+        latents = scheduler.step(guided, t, latents).prev_sample
+    images = first_stage.model.decode(1 / first_stage.scaling_factor * latents).sample
+    images = (images / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy()
+    generator = torch.manual_seed(5)
+    stock = pipeline(labels.tolist(), generator=generator, num_inference_steps=4, output_type="np").images
+    assert np.array_equal(images, stock)
+
+
+def test_export_replaces_and_keeps_other_files(tmp_path):
+    *_, pipeline = make("digits-kl", False, tmp_path)
+    folder = tmp_path / "out"
+    export_pipeline(pipeline, folder, NAMES)
+    (folder / "notes.txt").write_text("mine")
+    export_pipeline(pipeline, folder, NAMES[::-1])
+    assert (folder / "notes.txt").read_text() == "mine"
+    loaded = DiffusionPipeline.from_pretrained(folder)
+    assert isinstance(loaded, DiTPipeline) and loaded.get_label_ids(["0"]) == [9]
+    assert loaded.scheduler.config.clip_sample is False
+    assert not (folder / ".export.tmp").exists()

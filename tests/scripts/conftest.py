@@ -1,0 +1,31 @@
+"""A tiny setting in which a training script takes a second or two."""
+
+import json
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def tiny_denoiser(tmp_path_factory) -> str:
+    """A DiT configuration far smaller than the miniature."""
+    path = tmp_path_factory.mktemp("config") / "tiny.json"
+    config = {"num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 16, "patch_size": 2}
+    path.write_text(json.dumps(config))
+    return str(path)
+
+
+@pytest.fixture
+def tiny(tmp_path, tiny_denoiser) -> list[str]:
+    """Flags of a run of six steps on digits, without trackers, into tmp_path / "run"."""
+    flags = {
+        "output_dir": tmp_path / "run",
+        "denoiser": tiny_denoiser,
+        "train_batch_size": 8,
+        "max_train_samples": 96,
+        "max_train_steps": 6,
+        "report_to": "none",
+        "validation_images_per_class": 1,
+        "validation_inference_steps": 2,
+        "cpu_threads_per_process": 1,
+    }
+    return [str(word) for name, value in flags.items() for word in (f"--{name}", value)]

@@ -1,0 +1,165 @@
+"""Stopping and going on: killed, signalled and cut runs end bit for bit as one that was never touched."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, launch_command
+from safetensors.torch import load_file
+
+
+FLAGS = ["--max_train_steps", "40", "--checkpointing_steps", "10", "--report_to", "none"]
+FLAGS += ["--corruption_ratio", "0.1", "--corruption_mode", "random", "--validation_images_per_class", "1"]
+FLAGS += ["--validation_inference_steps", "2"]
+
+
+def command(folder, *argv, processes: int = 1) -> list[str]:
+    return launch_command("train_class_cond", *FLAGS, "--output_dir", folder, *argv, processes=processes)
+
+
+def finish(folder, *argv, processes: int = 1) -> str:
+    done = subprocess.run(command(folder, *argv, processes=processes), capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stderr
+
+
+def start(folder, *argv, processes: int = 1) -> subprocess.Popen:
+    return subprocess.Popen(
+        command(folder, *argv, processes=processes),
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def steps_logged(folder: Path) -> int:
+    log = folder / "log.jsonl"
+    return len(log.read_text().splitlines()) if log.exists() else 0
+
+
+def wait_for_step(process: subprocess.Popen, folder: Path, step: int) -> None:
+    deadline = time.monotonic() + 180
+    while steps_logged(folder) < step and process.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def kill_at(step: int, folder: Path, *argv, processes: int = 1) -> None:
+    process = start(folder, *argv, processes=processes)
+    wait_for_step(process, folder, step)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    process.stderr.close()
+    assert steps_logged(folder) < 40
+
+
+def assert_same(one: Path, other: Path) -> None:
+    """Weights, average, optimizer, counts and each logged loss, bit for bit."""
+    assert (one / "log.jsonl").read_text() == (other / "log.jsonl").read_text()
+    assert steps_logged(one) == 40
+    for name in ("model.safetensors", "ema.safetensors"):
+        mine, theirs = load_file(one / "checkpoint-40" / name), load_file(other / "checkpoint-40" / name)
+        assert mine.keys() == theirs.keys()
+        assert all(torch.equal(mine[key], theirs[key]) for key in mine)
+    mine, theirs = (torch.load(folder / "checkpoint-40/optimizer.bin", weights_only=True) for folder in (one, other))
+    assert mine["param_groups"] == theirs["param_groups"]
+    for number, state in mine["state"].items():
+        assert all(torch.equal(value, theirs["state"][number][key]) for key, value in state.items())
+    mine, theirs = (
+        json.loads((folder / "checkpoint-40/trainer_state.json").read_text()) for folder in (one, other)
+    )
+    assert mine == theirs
+    assert (one / "corruption.json").read_text() == (other / "corruption.json").read_text()
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("straight") / "run"
+    finish(folder)
+    return folder
+
+
+def test_killed_after_step_20_and_at_random_moments(straight, tmp_path):
+    folder, draw = tmp_path / "run", random.Random(0)
+    kill_at(20, folder)
+    kill_at(steps_logged(folder) + draw.randrange(1, 8), folder, "--resume_from_checkpoint", "latest")
+    kill_at(min(38, steps_logged(folder) + draw.randrange(1, 8)), folder, "--resume_from_checkpoint", "latest")
+    said = finish(folder, "--resume_from_checkpoint", "latest")
+    assert "Resuming from" in said
+    assert_same(straight, folder)
+
+
+def test_sigterm_to_the_trainer_saves_and_leaves_cleanly(straight, tmp_path):
+    folder = tmp_path / "run"
+    process = subprocess.Popen(
+        [*command(folder)[:1], str(ROOT / "train_class_cond.py"), *FLAGS, "--output_dir", str(folder)],
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    wait_for_step(process, folder, 13)
+    for _ in range(5):  # a repeated signal must not interrupt the save
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.02)
+    said = process.communicate(timeout=120)[1]
+    assert process.returncode == 0 and "Traceback" not in said
+    stopped = steps_logged(folder)
+    assert 13 <= stopped < 40
+    assert f"Stopped by SIGTERM after step {stopped}" in said and "--resume_from_checkpoint latest" in said
+    assert (folder / f"checkpoint-{stopped}").is_dir()
+    assert not (folder / "model_index.json").exists()
+    finish(folder, "--resume_from_checkpoint", "latest")
+    assert_same(straight, folder)
+
+
+def test_ctrl_c_to_the_process_group(straight, tmp_path):
+    folder = tmp_path / "run"
+    process = start(folder, "--dataloader_num_workers", "1")
+    wait_for_step(process, folder, 8)
+    os.killpg(process.pid, signal.SIGINT)
+    time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)
+    said = process.communicate(timeout=120)[1]
+    assert "Stopped by SIGINT" in said
+    stopped = steps_logged(folder)
+    assert (folder / f"checkpoint-{stopped}").is_dir()
+    finish(folder, "--resume_from_checkpoint", "latest")
+    assert_same(straight, folder)
+
+
+def test_two_processes_resume_exactly_and_equal_one_with_the_same_global_batch(straight, tmp_path):
+    half = ["--train_batch_size", "32", "--save_corruption_map"]
+    finish(tmp_path / "two", *half, processes=2)
+    kill_at(20, tmp_path / "cut", *half, processes=2)
+    finish(tmp_path / "cut", *half, "--resume_from_checkpoint", "latest", processes=2)
+    assert_same(tmp_path / "two", tmp_path / "cut")
+
+    one, two = (
+        np.array([json.loads(line)["loss"] for line in (folder / "log.jsonl").read_text().splitlines()])
+        for folder in (straight, tmp_path / "two")
+    )
+    assert np.abs(one / two - 1).max() < 1e-4
+    assert (straight / "corruption.json").read_text() == (tmp_path / "two/corruption.json").read_text()
+
+
+def test_a_damaged_checkpoint_is_passed_over(straight, tmp_path, script, caplog):
+    import shutil
+
+    folder = tmp_path / "run"
+    shutil.copytree(straight, folder)
+    shutil.rmtree(folder / "checkpoint-40")
+    weights = folder / "checkpoint-30/optimizer.bin"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    said = finish(folder, "--resume_from_checkpoint", "latest")
+    assert "damaged" in said and "optimizer.bin has 1000 bytes" in said and "checkpoint-20" in said
+    assert_same(straight, folder)

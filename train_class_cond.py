@@ -1,0 +1,226 @@
+#!/usr/bin/env python
+"""Trains a class-conditional latent diffusion model with label corruption and condition embedding perturbation.
+
+accelerate launch train_class_cond.py                                   # a miniature on handwritten digits
+accelerate launch train_class_cond.py --recipe dit_xl_2_in1k --corruption_ratio 0.025
+"""
+
+import csv
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+
+try:
+    import torch
+
+    from noisycond import LabelCorruption, hardware, pictures, randomness, sampling, trainer
+    from noisycond.arguments import (
+        CorruptionArguments,
+        DataArguments,
+        FirstStageArguments,
+        LoopArguments,
+        ObjectiveArguments,
+        PerturbationArguments,
+        flag,
+        parse_arguments,
+        require,
+    )
+    from noisycond.data.class_groups import read_class_groups
+    from noisycond.data.opening import open_batches, open_training_data
+    from noisycond.denoisers import build_denoiser, find_denoiser
+    from noisycond.errors import one_sentence_errors
+    from noisycond.export import dit_pipeline, export_pipeline, model_card, sampling_scheduler
+    from noisycond.first_stage import open_first_stage
+    from noisycond.objective import DiffusionObjective, make_betas
+    from noisycond.perturbation import ConditionEmbeddingPerturbation
+    from noisycond.randomness import Purpose
+    from noisycond.run_folder import RunFolder, claim
+except ModuleNotFoundError as error:
+    sys.exit(f"error: {error.name} is not installed; in the checkout, run: pip install -e .")
+
+
+@dataclass
+class ClassCondArguments(
+    DataArguments,
+    FirstStageArguments,
+    CorruptionArguments,
+    PerturbationArguments,
+    ObjectiveArguments,
+    LoopArguments,
+):
+    denoiser: str = flag("dit-mini", "A preset (dit-xl-2, dit-l-2, dit-b-2, dit-s-2, dit-mini), a config JSON, or a "
+                         "pretrained folder or Hub id to continue from.")  # fmt: skip
+    gradient_checkpointing: bool = flag(False, "Recompute activations in the backward pass to save memory.")
+    enable_xformers_memory_efficient_attention: bool = flag(False, "Use the attention of xformers.")
+    validation_guidance_scale: float = flag(4.0, "Guidance scale of the sample grids.")
+    validation_inference_steps: int = flag(50, "Sampling steps of the sample grids.")
+    validation_images_per_class: int = flag(10, "Images per class in the sample grids, of at most 10 classes.")
+
+    def __post_init__(self):
+        super().__post_init__()
+        require(
+            not (self.cep_gamma > 0 and self.conditioning_dropout_prob == 1.0),
+            "--cep_gamma perturbs the condition embedding, but with --conditioning_dropout_prob 1 the model is "
+            "unconditional; lower one of them.",
+        )
+        require(
+            self.validation_images_per_class > 0 and self.validation_inference_steps > 0,
+            "--validation_images_per_class and --validation_inference_steps must be positive.",
+        )
+
+
+def build_objective(args: ClassCondArguments, preset) -> tuple[DiffusionObjective, dict]:
+    """The objective, and its noise schedule by the names that diffusers' schedulers use."""
+    noise_schedule = {
+        name: getattr(preset, name) if getattr(args, name) is None else getattr(args, name)
+        for name in ("beta_schedule", "beta_start", "beta_end")
+    }
+    betas = make_betas(*noise_schedule.values(), args.num_train_timesteps)
+    objective = DiffusionObjective(
+        betas, args.prediction_type, args.snr_gamma, args.input_perturbation, preset.learned_variance, args.seed
+    )
+    return objective, noise_schedule
+
+
+def make_compute_loss(args: ClassCondArguments, first_stage, objective: DiffusionObjective, corruption, null_class):
+    """The loss per example: encode, corrupt and drop the label, add noise, predict, compare."""
+
+    def compute_loss(denoiser, batch: dict, keys: torch.Tensor) -> torch.Tensor:
+        moments = batch["moments"] if "moments" in batch else first_stage.moments(batch["pixel_values"])
+        latents = first_stage.latents(moments, keys)
+        labels = corruption(batch["class_labels"], batch["index"], batch["epoch"])
+        corruption.count(batch["class_labels"], labels)
+        dropped = randomness.bernoulli(args.seed, Purpose.CONDITION_DROPOUT, keys, args.conditioning_dropout_prob)
+        condition = {"class_labels": labels.masked_fill(dropped, null_class), "index": batch["index"]}
+        examples = objective.noise(latents, keys)
+        return objective.loss(denoiser(examples.noisy, examples.timesteps, condition, keys), examples)
+
+    return compute_loss
+
+
+def save_corruption_map(corruption: LabelCorruption, source, path: Path) -> None:
+    """Writes index, true and corrupted label of every example."""
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["index", "true", "corrupted"])
+        for first in range(0, len(source), 65536):
+            index = torch.arange(first, min(first + 65536, len(source)))
+            labels = torch.from_numpy(source.labels[first : first + 65536])
+            writer.writerows(zip(index.tolist(), labels.tolist(), corruption(labels, index).tolist(), strict=True))
+
+
+def draw_samples(pipeline, args: ClassCondArguments, num_classes: int, path: Path) -> None:
+    """Draws a sample grid, a row per class, and saves it as a PNG."""
+    labels = sampling.class_rows(num_classes, args.validation_images_per_class)
+    images = sampling.sample_all(
+        pipeline,
+        labels,
+        seed=args.seed,
+        guidance_scale=args.validation_guidance_scale,
+        num_inference_steps=args.validation_inference_steps,
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scale = max(1, 64 // images[0].width)
+    pictures.image_grid(images, args.validation_images_per_class, scale=scale).save(path)
+
+
+def export(pipeline, args: ClassCondArguments, run: RunFolder, class_names: list[str], result, dataset: str) -> None:
+    """Writes what a run leaves behind: pipeline, card, sample grid, loss curve, corruption counts."""
+    draw_samples(pipeline, args, len(class_names), run.samples / "final.png")
+    pictures.plot_loss(run.read_log(), run.path / "loss.png")
+    (run.path / "corruption.json").write_text(json.dumps(result.totals["corruption"], indent=2) + "\n")
+    settings = {
+        "dataset": dataset,
+        "denoiser": args.denoiser,
+        "optimizer steps": result.step,
+        "corruption": f"ratio {args.corruption_ratio}, {args.corruption_type}, {args.corruption_mode}",
+        "realized corruption ratio": f"{result.totals['corruption']['realized_ratio']:.4f}",
+        "CEP": f"γ = {args.cep_gamma}, {args.cep_type}, {args.cep_mode}" if args.cep_gamma else "off",
+        "prediction type": args.prediction_type,
+        "condition dropout": args.conditioning_dropout_prob,
+        "seed": args.seed,
+    }
+    card = model_card(f"{args.denoiser} on {dataset}", settings, class_names, "samples/final.png")
+    export_pipeline(pipeline, run.path, class_names, card)
+    print(
+        f"\nSamples: {run.samples / 'final.png'}\nLoss curve: {run.path / 'loss.png'}\nPipeline: {run.path}\n\n"
+        "Load it with plain diffusers:\n\n"
+        "    from diffusers import DiffusionPipeline\n"
+        f'    pipeline = DiffusionPipeline.from_pretrained("{run.path}")\n'
+        "    image = pipeline(class_labels=[3]).images[0]\n"
+    )
+
+
+@one_sentence_errors
+def main(argv: list[str] | None = None) -> None:
+    args = parse_arguments(ClassCondArguments, argv, default_recipe="digits_dit_mini")
+    run = RunFolder(args.output_dir)
+    run.check(args)
+    accelerator = hardware.make_accelerator(args)
+
+    require(args.pretrained_vae_model_name_or_path is not None, "--pretrained_vae_model_name_or_path is needed.")
+    first_stage = open_first_stage(args.pretrained_vae_model_name_or_path, args.seed)
+    require(
+        args.resolution % first_stage.factor == 0,
+        f"--resolution is {args.resolution}, but must be a multiple of the first stage's factor {first_stage.factor}.",
+    )
+    source = find_denoiser(args.denoiser)
+    data = open_training_data(args)
+    class_names = data.source.class_names
+    groups = read_class_groups(args.class_groups, class_names) if args.class_groups else None
+    corruption = LabelCorruption(
+        args.corruption_ratio, len(class_names), seed=args.seed, groups=groups, mode=args.corruption_mode
+    )
+    objective, noise_schedule = build_objective(args, source.preset)
+    denoiser = build_denoiser(
+        source,
+        class_names=class_names,
+        latent_channels=first_stage.latent_channels,
+        latent_size=args.resolution // first_stage.factor,
+        perturbation=ConditionEmbeddingPerturbation(args.cep_gamma, args.cep_type, args.seed),
+        fixed_perturbation=args.cep_mode == "fixed",
+        perturb_null=args.cep_perturb_null,
+        embedding_dropout=args.embedding_dropout,
+        label_smoothing=args.label_smoothing,
+        seed=args.seed,
+    )
+    if args.gradient_checkpointing:
+        denoiser.backbone.model.enable_gradient_checkpointing()
+    if args.enable_xformers_memory_efficient_attention:
+        hardware.enable_xformers(denoiser.backbone.model)
+
+    facts = data.facts | {
+        "first_stage": first_stage.fingerprint,
+        "global_batch_size": args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes,
+    }
+    resume_from = claim(run, args, facts, Path(__file__).name, accelerator)
+    first_stage.to(accelerator.device)
+    batches = open_batches(args, data, accelerator, first_stage)
+    if args.save_corruption_map and accelerator.is_main_process:
+        save_corruption_map(corruption, data.source, run.path / "corruption_map.csv")
+    trainer.announce(args, accelerator, data.images, denoiser, batches)
+
+    def pipeline():
+        return dit_pipeline(denoiser, first_stage, sampling_scheduler(objective, noise_schedule))
+
+    result = trainer.fit(
+        denoiser,
+        batches,
+        make_compute_loss(args, first_stage, objective, corruption, denoiser.encoder.null_class),
+        args,
+        accelerator=accelerator,
+        run=run,
+        bad_images=data.bad_images,
+        resume_from=resume_from,
+        tallies={"corruption": corruption},
+        validate=lambda step: draw_samples(pipeline(), args, len(class_names), run.samples / f"step-{step:07d}.png"),
+    )
+    if result.stopped_by is None and accelerator.is_main_process:
+        export(pipeline(), args, run, class_names, result, args.dataset_name or args.train_data_dir)
+    trainer.finish(accelerator, result, run)
+
+
+if __name__ == "__main__":
+    main()
