@@ -47,8 +47,8 @@ class Arguments:
 class DataArguments(Arguments):
     dataset_name: str | None = flag(
         None,
-        "`digits` (1,797 handwritten digits that ship with scikit-learn), a dataset on the Hub, or a local folder that "
-        "`datasets` opens.",
+        "`digits` (1,797 handwritten digits that ship with scikit-learn), a dataset on the Hub, or a local folder "
+        "that `datasets` opens.",
     )
     dataset_config_name: str | None = flag(None, "The configuration of the Hub dataset.")
     dataset_split: str = flag("train", "The split to train on. `digits` has `train` (80 %) and `test` (20 %).")

@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, ConfigMixin, VQModel
+from diffusers import AutoencoderKL, VQModel
 
 from noisycond import randomness
 from noisycond.errors import InputError
@@ -22,8 +22,8 @@ CLASSES = {"AutoencoderKL": AutoencoderKL, "VQModel": VQModel}
 class FirstStage:
     """A frozen autoencoder with the scaling that makes its latents have about unit variance.
 
-    The moments are what a cache holds: for a KL autoencoder mean and log-variance [B, 2C, h, w], from which a latent is
-    drawn at every step; for a VQ autoencoder the latent before quantization [B, C, h, w] (LDM trains on that and
+    The moments are what a cache holds: for a KL autoencoder mean and log-variance [B, 2C, h, w], from which a latent
+    is drawn at every step; for a VQ autoencoder the latent before quantization [B, C, h, w] (LDM trains on that and
     quantizes in the decoder, Section 3.1 of arXiv:2112.10752).
 
     Args:
@@ -88,8 +88,8 @@ class FirstStage:
             return self.model.encode(pixel_values).latents.float()
 
     def latents(self, moments: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
-        """Moments to scaled latents float32 [B, C, h, w]; for KL a draw from the posterior, a pure function of the keys
-        int64 [B]."""
+        """Moments to scaled latents float32 [B, C, h, w]; for KL a draw from the posterior, a pure function of the
+        keys int64 [B]."""
         if self.is_variational:
             mean, log_variance = moments.chunk(2, dim=1)
             noise = randomness.normal(self.seed, Purpose.LATENT_POSTERIOR, keys, mean.shape[1:])
@@ -112,7 +112,7 @@ def open_first_stage(name_or_path: str, seed: int = 0) -> FirstStage:
     for subfolder in (None, "vae", "vqvae"):
         options = {} if subfolder is None else {"subfolder": subfolder}
         try:
-            config = ConfigMixin.load_config(location, **options)
+            config = AutoencoderKL.load_config(location, **options)
             if config.get("_class_name") not in CLASSES:
                 reasons.append(f"it is a {config.get('_class_name')}")
                 continue

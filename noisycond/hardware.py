@@ -1,4 +1,4 @@
-"""What the machine can do: the accelerator, threads, precision, and optional libraries, each checked with a sentence."""
+"""What the machine can do: accelerator, threads, precision and optional libraries, each checked with a sentence."""
 
 import importlib.util
 import logging

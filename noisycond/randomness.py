@@ -3,8 +3,7 @@
 A counter-based generator (Philox-4x32-10, Salmon et al., SC 2011) is evaluated for a whole batch of keys at once, on
 any device. What an example receives does not depend on who else is in the batch, on the number of processes or
 workers, or on what was drawn before; and each purpose has its own stream, so switching one kind of draw on leaves all
-others as they were. Needs torch and NumPy, and nothing else of this
-project.
+others as they were. Needs torch and NumPy, and nothing else of this project.
 
 Letters: B is the number of keys (examples), N a number of draws per key.
 """

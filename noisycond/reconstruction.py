@@ -44,8 +44,8 @@ def reconstruction_psnr(first_stage: FirstStage, images: LabelledImages) -> floa
 
 
 def latent_std(first_stage: FirstStage, images: LabelledImages) -> float:
-    """Standard deviation of the unscaled latents over all components (Section 4.3.2 of arXiv:2112.10752); its inverse is
-    the scaling factor. Of a KL autoencoder the posterior's variance counts too."""
+    """Standard deviation of the unscaled latents over all components (Section 4.3.2 of arXiv:2112.10752); its inverse
+    is the scaling factor. Of a KL autoencoder the posterior's variance counts too."""
     total = square = count = 0.0
     for pixels in _batches(images, "measuring latents"):
         moments = first_stage.moments(pixels).double()

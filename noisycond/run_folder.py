@@ -96,8 +96,8 @@ class RunFolder:
             raise InputError(f"--output_dir {self.path} is a file, not a folder.")
         if self.holds_a_run() and not (args.resume_from_checkpoint or args.overwrite_output_dir):
             raise InputError(
-                f"--output_dir {self.path} holds another run: continue it with --resume_from_checkpoint latest, replace "
-                "it with --overwrite_output_dir, or name another folder."
+                f"--output_dir {self.path} holds another run: continue it with --resume_from_checkpoint latest, "
+                "replace it with --overwrite_output_dir, or name another folder."
             )
 
     def open(self, args, facts: dict, script: str, resume_from: Path | None = None) -> None:

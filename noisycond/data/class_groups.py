@@ -11,8 +11,8 @@ def read_class_groups(path: str, class_names: list[str]) -> list[list[int]]:
     """Reads `--class_groups`.
 
     Args:
-        path: a JSON file: a list of groups, or an object of them (its keys are names for the reader); a group is a list
-            of class names or class ids.
+        path: a JSON file: a list of groups, or an object of them (its keys are names for the reader); a group is a
+            list of class names or class ids.
         class_names: K names.
 
     Returns:

@@ -31,8 +31,8 @@ def default_cache_dir() -> Path:
 
 
 class CachedLatents(Dataset):
-    """Training examples whose moments [M, h, w] come from a cache: same order, keys, flips and stand-ins for unreadable
-    images as the [`LabelledImages`] it was made from."""
+    """Training examples whose moments [M, h, w] come from a cache: same order, keys, flips and stand-ins for
+    unreadable images as the [`LabelledImages`] it was made from."""
 
     def __init__(self, images: LabelledImages, moments: np.ndarray, readable: np.ndarray):
         self.images, self.memory, self.readable = images, moments, readable
@@ -73,7 +73,7 @@ def cache_key(images: LabelledImages, first_stage: FirstStage) -> dict:
 def open_latent_cache(
     images: LabelledImages, first_stage: FirstStage, folder: Path, accelerator, bad_images: BadImages
 ) -> CachedLatents:
-    """Opens the cache of this dataset and first stage below `folder`, after making it where there is none that matches.
+    """Opens the cache of this dataset and first stage below `folder`, made first where none matches.
 
     All processes take part in the encoding, in chunks of the whole dataset, so that the content does not depend on
     their number.

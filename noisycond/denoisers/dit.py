@@ -1,8 +1,8 @@
 """DiT as its paper has it (arXiv:2212.09748): one timestep-and-label embedding for all blocks, in diffusers' classes.
 
-diffusers' `DiTTransformer2DModel` holds an embedding in every block, and in train mode each drops labels on its own, so
-no example would ever be unconditional as a whole. Here the blocks read one embedding, computed once per forward; the
-exported folder holds the copy per block that the stock layout wants. Letters: B examples, C latent channels,
+diffusers' `DiTTransformer2DModel` holds an embedding in every block, and in train mode each drops labels on its own,
+so no example would ever be unconditional as a whole. Here the blocks read one embedding, computed once per forward;
+the exported folder holds the copy per block that the stock layout wants. Letters: B examples, C latent channels,
 h × w their size, D the width, K classes.
 """
 
@@ -88,7 +88,7 @@ class DiTBackbone(nn.Module):
         """
         num_classes = len(class_table) - 1
         check_exportable(num_classes)
-        # Built on the meta device and filled by reference: initializing 1001 rows per block takes longer than all else.
+        # Built on the meta device and filled by reference: initializing 1001 rows per block takes long.
         with torch.device("meta"):
             model = DiTTransformer2DModel(**{**self.model.config, "num_embeds_ada_norm": STOCK_NULL_CLASS})
         state = {name: value.detach().float().cpu() for name, value in self.model.state_dict().items()}

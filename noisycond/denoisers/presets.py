@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from diffusers import ConfigMixin, DiTTransformer2DModel
+from diffusers import DiTTransformer2DModel
 
 from noisycond.denoisers.conditional import ClassEncoder, ConditionalDenoiser
 from noisycond.denoisers.dit import DiTBackbone, check_exportable
@@ -49,7 +49,7 @@ PRESETS: dict[str, Preset] = {
     "dit-l-2": Preset(_dit(24, 1024, 16)),
     "dit-b-2": Preset(_dit(12, 768, 12)),
     "dit-s-2": Preset(_dit(12, 384, 6)),
-    "dit-mini": Preset(_dit(6, 128, 4), learned_variance=False),
+    "dit-mini": Preset(_dit(4, 128, 4), learned_variance=False),
 }
 
 
@@ -88,7 +88,7 @@ def find_denoiser(name: str) -> DenoiserSource:
     for subfolder in ("transformer", None):
         options = {} if subfolder is None else {"subfolder": subfolder}
         try:
-            config = ConfigMixin.load_config(name, **options)
+            config = DiTTransformer2DModel.load_config(name, **options)
         except OSError:
             continue
         return DenoiserSource(_preset_from_config(name, config), name, subfolder, _id2label(name))
@@ -118,8 +118,8 @@ def _preset_from_config(name: str, config: dict) -> Preset:
     out_channels = config.get("out_channels") or channels
     if out_channels not in (channels, 2 * channels):
         raise InputError(
-            f"--denoiser {name}: out_channels is {out_channels}, but must equal in_channels ({channels}) or twice that "
-            "(a learned variance)."
+            f"--denoiser {name}: out_channels is {out_channels}, but must equal in_channels ({channels}) or twice "
+            "that (a learned variance)."
         )
     kept = {key: value for key, value in config.items() if key in known and key != "out_channels"}
     return Preset(kept, learned_variance=out_channels == 2 * channels)

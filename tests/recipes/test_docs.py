@@ -1,0 +1,79 @@
+"""What the README says exists: flags with their defaults, commands that parse, files and names."""
+
+import dataclasses
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, load_script
+
+from noisycond.arguments import Arguments, parse_arguments
+
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+SCRIPTS = {
+    "train_class_cond.py": ("ClassCondArguments", "digits_dit_mini"),
+    "train_autoencoder.py": ("AutoencoderArguments", "digits_kl"),
+    "generate.py": ("GenerateArguments", None),
+}
+
+
+def arguments_class(script: str) -> type[Arguments]:
+    return getattr(load_script(script.removesuffix(".py")), SCRIPTS[script][0])
+
+
+def commands(text: str) -> list[str]:
+    blocks = re.findall(r"```bash\n(.*?)```", text, re.S)
+    return [line for block in blocks for line in block.splitlines() if "accelerate launch" in line]
+
+
+def test_there_are_commands():
+    assert len(commands(README)) >= 8
+
+
+@pytest.mark.parametrize("command", commands(README))
+def test_command_parses(command, tmp_path, monkeypatch):
+    words = shlex.split(command, comments=True)
+    script = next(word for word in words if word.endswith(".py"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "imagenet/train").mkdir(parents=True)
+    parse_arguments(arguments_class(script), words[words.index(script) + 1 :], SCRIPTS[script][1])
+
+
+def test_flag_table_has_the_real_flags_and_defaults():
+    fields = {item.name: item for item in dataclasses.fields(arguments_class("train_class_cond.py"))}
+    rows = re.findall(r"^\| `--(\w+)` \| (\S*) ?\|", README, re.M)
+    assert len(rows) > 30
+    for name, default in rows:
+        if name.startswith("no_"):
+            assert fields[name.removeprefix("no_")].default is True
+        else:
+            shown = "" if fields[name].default is None else str(fields[name].default)
+            assert default == shown, name
+
+
+def test_every_flag_of_the_main_script_has_help():
+    for item in dataclasses.fields(arguments_class("train_class_cond.py")):
+        assert len(item.metadata["help"]) > 10, item.name
+
+
+def test_files_named_in_the_readme_exist():
+    for name in re.findall(r"\(((?:docs|noisycond|tests|recipes)/[\w/.]+)\)", README):
+        assert (ROOT / name).exists(), name
+    tree = README.split("## Reading the code")[1].split("## Install")[0]
+    for name in re.findall(r"\b(\w+\.py)\b", tree):
+        assert list(ROOT.glob(name)) or list((ROOT / "noisycond").glob(name)), name
+
+
+def test_python_blocks_import_what_exists():
+    for block in re.findall(r"```py\n(.*?)```", README, re.S):
+        for line in block.splitlines():
+            if line.startswith("from noisycond"):
+                exec(line, {})  # noqa: S102
+
+
+def test_every_recipe_is_named_after_a_file_the_docs_or_defaults_use():
+    names = {path.stem for path in Path(ROOT / "recipes").glob("*.yaml")}
+    text = README + "".join((ROOT / script).read_text() for script in SCRIPTS)
+    assert all(name in text for name in names)
