@@ -169,6 +169,10 @@ def main(argv: list[str] | None = None) -> None:
     source = find_denoiser(args.denoiser)
     data = open_training_data(args)
     class_names = data.source.class_names
+    require(
+        args.corruption_ratio == 0 or len(class_names) > 1,
+        f"--corruption_ratio {args.corruption_ratio} needs at least two classes, but the dataset has one.",
+    )
     groups = read_class_groups(args.class_groups, class_names) if args.class_groups else None
     corruption = LabelCorruption(
         args.corruption_ratio, len(class_names), seed=args.seed, groups=groups, mode=args.corruption_mode

@@ -5,6 +5,7 @@ Names and defaults follow the Diffusers example scripts. Checks of a value or be
 
 import dataclasses
 import math
+import re
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +23,7 @@ ArgumentsT = TypeVar("ArgumentsT", bound="Arguments")
 
 def flag(default, help: str):
     """A dataclass field that is a flag with this default and help text."""
+    help = help.replace("%", "%%")  # argparse formats help texts
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata={"help": help})
     return field(default=default, metadata={"help": help})
@@ -82,7 +84,8 @@ class DataArguments(Arguments):
                 Path(self.train_data_dir).is_dir(), f"--train_data_dir {self.train_data_dir}: there is no such folder."
             )
         require(self.resolution > 0, f"--resolution is {self.resolution}, but it must be a positive number of pixels.")
-        require(self.max_bad_images >= 0, f"--max_bad_images is {self.max_bad_images}, but it must not be negative.")
+        for name in ("max_bad_images", "dataloader_num_workers"):
+            require(getattr(self, name) >= 0, f"--{name} is {getattr(self, name)}, but it must not be negative.")
         require(
             self.max_train_samples is None or self.max_train_samples > 0,
             f"--max_train_samples is {self.max_train_samples}, but it must be positive.",
@@ -158,8 +161,8 @@ class PerturbationArguments(Arguments):
             f"--cep_gamma is {self.cep_gamma}, but it must be 0 (off) or a positive number.",
         )
         require(
-            self.input_perturbation >= 0,
-            f"--input_perturbation is {self.input_perturbation}, but it must not be negative.",
+            0 <= self.input_perturbation < math.inf,
+            f"--input_perturbation is {self.input_perturbation}, but it must be 0 (off) or a positive number.",
         )
         require(
             0.0 <= self.embedding_dropout < 1.0,
@@ -184,7 +187,8 @@ class ObjectiveArguments(Arguments):
     def __post_init__(self):
         super().__post_init__()
         require(
-            self.snr_gamma is None or self.snr_gamma > 0, f"--snr_gamma is {self.snr_gamma}, but it must be positive."
+            self.snr_gamma is None or 0 < self.snr_gamma < math.inf,
+            f"--snr_gamma is {self.snr_gamma}, but it must be a positive number.",
         )
         require(
             self.num_train_timesteps > 1,
@@ -193,6 +197,10 @@ class ObjectiveArguments(Arguments):
         for name in ("beta_start", "beta_end"):
             value = getattr(self, name)
             require(value is None or 0.0 < value < 1.0, f"--{name} is {value}, but it must lie between 0 and 1.")
+        require(
+            None in (self.beta_start, self.beta_end) or self.beta_start <= self.beta_end,
+            f"--beta_start is {self.beta_start}, but must not be above --beta_end, {self.beta_end}.",
+        )
 
 
 LR_SCHEDULERS = (
@@ -251,14 +259,28 @@ class LoopArguments(Arguments):
         super().__post_init__()
         for name in ("train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "logging_steps"):
             require(getattr(self, name) > 0, f"--{name} is {getattr(self, name)}, but it must be positive.")
-        for name in ("learning_rate", "max_nonfinite_steps"):
-            require(getattr(self, name) > 0, f"--{name} is {getattr(self, name)}, but it must be positive.")
+        for name in ("learning_rate", "max_nonfinite_steps", "adam_epsilon", "lr_num_cycles", "lr_power"):
+            value = getattr(self, name)
+            require(0 < value < math.inf, f"--{name} is {value}, but it must be a positive number.")
+        for name in ("adam_beta1", "adam_beta2", "ema_decay"):
+            value = getattr(self, name)
+            require(0.0 <= value < 1.0, f"--{name} is {value}, but it must lie in [0, 1).")
         for name in ("max_train_steps", "checkpoints_total_limit", "cpu_threads_per_process"):
             value = getattr(self, name)
             require(value is None or value > 0, f"--{name} is {value}, but it must be positive.")
         for name in ("checkpointing_steps", "validation_steps", "max_grad_norm", "lr_warmup_steps", "seed"):
             require(getattr(self, name) >= 0, f"--{name} is {getattr(self, name)}, but it must not be negative.")
-        require(0.0 <= self.ema_decay < 1.0, f"--ema_decay is {self.ema_decay}, but it must lie in [0, 1).")
+        require(self.seed < 2**32, f"--seed is {self.seed}, but it must be less than 2^32.")
+        require(
+            self.lr_step_rules is None or re.fullmatch(r"([\d.e-]+:\d+,)*[\d.e-]+", self.lr_step_rules),
+            f"--lr_step_rules is {self.lr_step_rules!r}, but must read like '1:1000,0.1:2000,0.01': a factor of the "
+            "learning rate, until which step, and so on, and the factor after that.",
+        )
+        logs = Path(self.logging_dir)
+        require(
+            not logs.is_absolute() and ".." not in logs.parts and logs != Path("."),
+            f"--logging_dir is {self.logging_dir}, but must name a sub-folder of the output folder.",
+        )
         require(
             (self.lr_scheduler == "piecewise_constant") == (self.lr_step_rules is not None),
             "--lr_scheduler piecewise_constant and --lr_step_rules go together: one was given without the other.",
@@ -271,6 +293,11 @@ class LoopArguments(Arguments):
 
 class _Parser(HfArgumentParser):
     """Raises a sentence instead of printing the usage and leaving."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        # argparse takes -1 for a value and -1e-3 for a flag.
+        self._negative_number_matcher = re.compile(r"^-(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?$")
 
     def error(self, message: str):
         raise InputError(message[0].lower() + message[1:] + ("" if message.endswith(".") else "."))
@@ -313,11 +340,12 @@ def parse_arguments(cls: type[ArgumentsT], argv: list[str] | None = None, defaul
 
 
 def _value_of(argv: list[str], name: str) -> str | None:
+    found = None
     for position, word in enumerate(argv):
         option, _, value = word.partition("=")
         if option in (f"--{name}", f"--{name.replace('_', '-')}"):
-            return value or next(iter(argv[position + 1 :]), None)
-    return None
+            found = value or next(iter(argv[position + 1 :]), None)
+    return found  # the last one counts, as for argparse
 
 
 def _is_embedded_default(argv: list[str]) -> bool:
@@ -350,12 +378,17 @@ def _recipe_arguments(name: str, cls: type, left_out: set[str]) -> list[str]:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"--recipe {path}: not valid YAML ({' '.join(str(error).split())}).") from error
     require(isinstance(values, dict), f"--recipe {path}: expected `key: value` lines, one for each flag.")
-    known = [item.name for item in dataclasses.fields(cls) if item.name != "recipe"]
+    types = {item.name: item.type for item in dataclasses.fields(cls) if item.name != "recipe"}
+    known = list(types)
     arguments: list[str] = []
     for key, value in values.items():
         require(key in known, f"--recipe {path}: unknown key {key!r}{closest(str(key), known)}.")
         if value is None or key in left_out:
             continue
-        arguments.append(f"--{key}")
-        arguments.extend(str(item) for item in (value if isinstance(value, list) else [value]))
+        if isinstance(value, list):
+            arguments += [f"--{key}", *map(str, value)]
+            continue
+        if isinstance(value, bool) and types[key] is not bool:
+            value = "yes" if value else "no"  # YAML reads a bare `no` as False
+        arguments.append(f"--{key}={value}")
     return arguments

@@ -1,7 +1,6 @@
 """Checkpoints that are whole or not there: written beside their name, manifest last, then renamed; and verified when a
 run resumes."""
 
-import errno
 import hashlib
 import json
 import logging
@@ -13,13 +12,12 @@ from pathlib import Path
 
 from accelerate import Accelerator
 
-from noisycond.errors import InputError
+from noisycond.errors import NO_SPACE, InputError
 from noisycond.processes import on_all, on_main
 
 
 logger = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
-NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _NAME = re.compile(r"checkpoint-(\d+)")
 
 
@@ -65,7 +63,8 @@ def save(
         ) from error
     if accelerator.is_main_process and limit is not None:
         for path in all_in(output_dir)[:-limit]:
-            _remove(path)
+            if path != final:
+                _remove(path)
     accelerator.wait_for_everyone()
     return final
 
@@ -102,7 +101,7 @@ def _finish(making: Path, final: Path) -> None:
 
 def _remove(path: Path) -> None:
     # Renamed first, so that a kill in the middle leaves no half checkpoint under a checkpoint's name.
-    doomed = path.with_name(f".{path.name}.tmp")
+    doomed = path.with_name(f".{path.name}.old.tmp")
     path.rename(doomed)
     shutil.rmtree(doomed, ignore_errors=True)
 

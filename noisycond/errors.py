@@ -1,10 +1,15 @@
 """The error for what a person can mend: a script prints it as one sentence, without a traceback."""
 
 import difflib
+import errno
 import functools
 import os
 import sys
 from collections.abc import Callable, Iterable
+
+
+# What the system says when a disk, a quota or a file-size limit is reached.
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class InputError(ValueError):

@@ -66,7 +66,10 @@ class FirstStage:
     @property
     def fingerprint(self) -> str:
         """A hash of configuration and weights."""
-        digest = hashlib.sha256(json.dumps(dict(self.model.config), sort_keys=True, default=str).encode())
+        # Private entries tell where and with which version it was saved.
+        config = {name: value for name, value in self.model.config.items() if not name.startswith("_")}
+        config["class"] = type(self.model).__name__
+        digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
         for name, tensor in sorted(self.model.state_dict().items()):
             digest.update(name.encode())
             digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())

@@ -58,6 +58,7 @@ MAY_CHANGE = {
 }
 # Exported pipelines: every component folder that a pipeline of this project writes.
 OWNED = ("run.json", "log.jsonl", "loss.png", "samples", "corruption.json", "corruption_map.csv", "README.md") + (
+    "reconstruction.json",
     "model_index.json",
     "config.json",
     "diffusion_pytorch_model.safetensors",
@@ -83,7 +84,7 @@ class RunFolder:
 
     def holds_a_run(self) -> bool:
         """Whether an earlier run left its settings or checkpoints here."""
-        return self.settings_file.exists() or any(self.path.glob("checkpoint-*"))
+        return self.settings_file.exists() or bool(checkpoints.all_in(self.path))
 
     def check(self, args) -> None:
         """Refuses a folder that cannot be used as it is. To be called before any work.
@@ -123,13 +124,13 @@ class RunFolder:
         if args.overwrite_output_dir:
             self._remove_earlier_run(args.logging_dir)
         elif earlier.exists():
-            self._compare(json.loads(earlier.read_text()), settings)
+            self._compare(_read_settings(earlier), settings)
         self.path.mkdir(parents=True, exist_ok=True)
         write_atomically(self.settings_file, json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
 
     def _remove_earlier_run(self, logging_dir: str) -> None:
         # Only what a run writes: the folder may be somebody's home.
-        for path in [self.path / name for name in (*OWNED, logging_dir)] + [*self.path.glob("checkpoint-*")]:
+        for path in [self.path / name for name in (*OWNED, logging_dir)] + checkpoints.all_in(self.path):
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
             else:
@@ -204,6 +205,17 @@ def write_atomically(path: Path, text: str) -> None:
     beside = path.with_name(path.name + ".part")
     beside.write_text(text, encoding="utf-8")
     beside.replace(path)
+
+
+def _read_settings(path: Path) -> dict:
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+        return {name: settings[name] for name in ("script", "arguments", "facts")}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"{path} is damaged, so the run's settings cannot be compared ({error}); remove it to resume without the "
+            "comparison, or start anew with --overwrite_output_dir."
+        ) from error
 
 
 def _version(package: str) -> str | None:

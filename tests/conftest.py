@@ -1,26 +1,14 @@
-"""Fixtures shared by all tests: scripts called in process or launched as a user launches them, and one trained model."""
+"""Fixtures shared by all tests: scripts called in process, and one model trained as a user trains it."""
 
-import importlib.util
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from launching import launch, load_script
 
 
-ROOT = Path(__file__).resolve().parent.parent
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-
-
-def load_script(name: str):
-    """A script of the repo root as a module."""
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, ROOT / f"{name}.py")
-        module = sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-    return sys.modules[name]
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -67,20 +55,6 @@ def refused(script, capsys):
         return errors[0].removeprefix("error: ")
 
     return call
-
-
-def launch_command(name: str, *argv, processes: int = 1) -> list[str]:
-    """The command line a user types."""
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(processes)]
-    if processes > 1:  # the launcher's name for several processes; without a GPU they run on CPU
-        launcher.append("--multi_gpu")
-    return [*launcher, str(ROOT / f"{name}.py"), *map(str, argv)]
-
-
-def launch(name: str, *argv, processes: int = 1, **options) -> subprocess.CompletedProcess:
-    """Launches a script and waits for it."""
-    command = launch_command(name, *argv, processes=processes)
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, **options)
 
 
 @pytest.fixture(scope="session")

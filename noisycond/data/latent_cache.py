@@ -3,6 +3,7 @@
 Letters: N examples, M channels of the moments, h × w their size, V views (2 with random flips: as it is, mirrored).
 """
 
+import errno
 import hashlib
 import json
 import logging
@@ -16,8 +17,9 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from noisycond.data.images import UNREADABLE, BadImages, LabelledImages
-from noisycond.errors import InputError
+from noisycond.errors import NO_SPACE, InputError
 from noisycond.first_stage import FirstStage
+from noisycond.processes import on_all, on_main
 
 
 logger = logging.getLogger(__name__)
@@ -83,14 +85,12 @@ def open_latent_cache(
     """
     key = cache_key(images, first_stage)
     path = Path(folder) / hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:20]
-    problem = _problem_with(path, key)
+    problem = on_main(accelerator, lambda: _problem_with(path, key))
     if problem is None:
         logger.info("Latents come from the cache %s.", path)
     else:
-        if accelerator.is_main_process:
-            if path.exists():
-                logger.warning("The latent cache %s is not used and made anew: %s.", path, problem)
-            _check_space(Path(folder), images, first_stage)
+        if path.exists():
+            logger.warning("The latent cache %s is not used and made anew: %s.", path, problem)
         _build(path, key, images, first_stage, accelerator)
     bad_images.add(json.loads((path / "bad_images.json").read_text()), quiet=not accelerator.is_main_process)
     return CachedLatents(images, np.load(path / "moments.npy", mmap_mode="r"), np.load(path / "readable.npy"))
@@ -115,24 +115,36 @@ def _moments_shape(images: LabelledImages, first_stage: FirstStage) -> tuple[int
     return len(images), 1 + images.transform.random_flip, channels, side, side
 
 
-def _check_space(folder: Path, images: LabelledImages, first_stage: FirstStage) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    needed, free = 4 * int(np.prod(_moments_shape(images, first_stage))), shutil.disk_usage(folder).free
-    if needed > free:
+def _allocate(making: Path, images: LabelledImages, first_stage: FirstStage) -> None:
+    """Makes the file at its full size, so that a full disk is found before any image is encoded."""
+    shape = _moments_shape(images, first_stage)
+    try:
+        shutil.rmtree(making, ignore_errors=True)
+        making.mkdir(parents=True)
+        needed, free = 4 * int(np.prod(shape)), shutil.disk_usage(making).free
+        if needed > free:
+            raise OSError(errno.ENOSPC, f"it takes {needed / 1e9:.2f} GB and {free / 1e9:.2f} GB are free")
+        np.lib.format.open_memmap(making / "moments.npy", mode="w+", dtype=np.float32, shape=shape).flush()
+        if hasattr(os, "posix_fallocate"):
+            with (making / "moments.npy").open("r+b") as file:
+                os.posix_fallocate(file.fileno(), 0, (making / "moments.npy").stat().st_size)
+    except OSError as error:
+        shutil.rmtree(making, ignore_errors=True)
+        reason = "no space left" if error.errno in NO_SPACE else "cannot write there"
         raise InputError(
-            f"--latent_cache_dir {folder}: no space left: the cache takes {needed / 1e9:.1f} GB and {free / 1e9:.1f} "
-            "GB are free; name another folder or leave --cache_latents off."
-        )
+            f"--latent_cache_dir {making.parent}: {reason} ({error.strerror}); name another folder, or leave "
+            "--cache_latents off."
+        ) from error
 
 
 def _build(path: Path, key: dict, images: LabelledImages, first_stage: FirstStage, accelerator) -> None:
     making = path.with_name(path.name + ".making.tmp")
-    if accelerator.is_main_process:
-        shutil.rmtree(making, ignore_errors=True)
-        making.mkdir(parents=True)
-        shape = _moments_shape(images, first_stage)
-        np.lib.format.open_memmap(making / "moments.npy", mode="w+", dtype=np.float32, shape=shape).flush()
-    accelerator.wait_for_everyone()
+    on_main(accelerator, lambda: _allocate(making, images, first_stage))
+    on_all(accelerator, lambda: _encode_share(making, images, first_stage, accelerator))
+    on_main(accelerator, lambda: _finish(making, path, key, len(images)))
+
+
+def _encode_share(making: Path, images: LabelledImages, first_stage: FirstStage, accelerator) -> None:
     memory = np.lib.format.open_memmap(making / "moments.npy", mode="r+")
     chunks = range(accelerator.process_index, -(-len(images) // ENCODING_BATCH), accelerator.num_processes)
     unreadable: dict[int, str] = {}
@@ -141,10 +153,6 @@ def _build(path: Path, key: dict, images: LabelledImages, first_stage: FirstStag
         unreadable.update(_encode(indices, memory, images, first_stage))
     memory.flush()
     (making / f"unreadable-{accelerator.process_index}.json").write_text(json.dumps(unreadable))
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        _finish(making, path, key, len(images))
-    accelerator.wait_for_everyone()
 
 
 def _encode(indices: range, memory: np.ndarray, images: LabelledImages, first_stage: FirstStage) -> dict[int, str]:

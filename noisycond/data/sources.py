@@ -134,6 +134,10 @@ class HuggingFaceDataset(ImageSource):
                     if split not in dataset:
                         raise InputError(f"--dataset_split {split}: {name} has the splits {', '.join(dataset)}.")
                     dataset = dataset[split]
+                elif split != "train":
+                    raise InputError(
+                        f"--dataset_split {split}: {name} holds one dataset without splits; leave it off."
+                    )
                 return dataset
             return datasets.load_dataset(name, config, split=split, cache_dir=cache_dir)
         except InputError:
@@ -145,8 +149,12 @@ class HuggingFaceDataset(ImageSource):
     @staticmethod
     def _labels(dataset, column: str) -> tuple[np.ndarray, list[str]]:
         feature = dataset.features[column]
-        values = dataset.with_format("numpy")[column] if hasattr(feature, "names") else dataset[column]
-        values = np.asarray(list(values))
+        values = dataset.select_columns([column])[:][column]
+        absent = {None, -1} if hasattr(feature, "names") else {None}  # -1 is how a test split without labels is stored
+        missing = next((place for place, value in enumerate(values) if value in absent), None)
+        if missing is not None:
+            raise InputError(f"--label_column {column}: example {missing} has no label; leave such examples out.")
+        values = np.asarray(values)
         if hasattr(feature, "names"):
             return values.astype(np.int64), list(feature.names)
         if values.dtype.kind not in "iuUS":
@@ -156,11 +164,13 @@ class HuggingFaceDataset(ImageSource):
 
     def read(self, index: int, resolution: int) -> Image.Image:
         entry = self.dataset[int(index)][self.image_column]
+        if entry is None:
+            raise ValueError("the dataset has no image here")
         with Image.open(io.BytesIO(entry["bytes"]) if entry["bytes"] is not None else entry["path"]) as image:
             return image.convert("RGB")
 
     def name(self, index: int) -> str:
-        path = self.dataset[int(index)][self.image_column]["path"]
+        path = (self.dataset[int(index)][self.image_column] or {}).get("path")
         return f"{self.title}[{index}]" + (f" ({path})" if path else "")
 
 

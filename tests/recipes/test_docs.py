@@ -6,7 +6,7 @@ import shlex
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, load_script
+from launching import ROOT, load_script
 
 from noisycond.arguments import Arguments, parse_arguments
 

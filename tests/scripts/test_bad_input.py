@@ -94,7 +94,9 @@ def test_output_folder_of_another_run(script, refused, tiny, tmp_path):
     assert "holds another run" in sentence
     assert "--resume_from_checkpoint latest" in sentence and "--overwrite_output_dir" in sentence
 
-    sentence = refused("train_class_cond", *tiny, "--resume_from_checkpoint", "latest", "--cep_gamma", "2", "--seed", 3)
+    sentence = refused(
+        "train_class_cond", *tiny, "--resume_from_checkpoint", "latest", "--cep_gamma", "2", "--seed", 3
+    )
     assert "--cep_gamma was 1.0 and is 2.0" in sentence and "--seed was 0 and is 3" in sentence
     assert "train_batch_size" not in sentence
 

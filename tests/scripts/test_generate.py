@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, launch
+from launching import ROOT, launch
 from PIL import Image
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, launch_command
+from launching import ROOT, launch_command
 from safetensors.torch import load_file
 
 
@@ -74,9 +74,7 @@ def assert_same(one: Path, other: Path) -> None:
     assert mine["param_groups"] == theirs["param_groups"]
     for number, state in mine["state"].items():
         assert all(torch.equal(value, theirs["state"][number][key]) for key, value in state.items())
-    mine, theirs = (
-        json.loads((folder / "checkpoint-40/trainer_state.json").read_text()) for folder in (one, other)
-    )
+    mine, theirs = (json.loads((folder / "checkpoint-40/trainer_state.json").read_text()) for folder in (one, other))
     assert mine == theirs
     assert (one / "corruption.json").read_text() == (other / "corruption.json").read_text()
 

@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import load_script
+from launching import load_script
 from PIL import Image
 
 from noisycond import LabelCorruption
@@ -74,7 +74,7 @@ def test_cached_latents_give_the_loss_of_encoding_as_it_goes(script, tiny, tmp_p
         ["--embedding_dropout", "0.5"],
         ["--label_smoothing", "0.9"],
         ["--conditioning_dropout_prob", "0.9"],
-        ["--prediction_type", "v_prediction"],
+        ["--prediction_type", "epsilon"],
         ["--snr_gamma", "5"],
         ["--beta_schedule", "squaredcos_cap_v2"],
         ["--seed", "1"],
@@ -87,8 +87,8 @@ def test_cached_latents_give_the_loss_of_encoding_as_it_goes(script, tiny, tmp_p
     ],
     ids=lambda flags: " ".join(flags),
 )
-def test_a_flag_changes_training(script, tiny, tmp_path, tmp_path_factory, flags, request):
-    base = request.config.cache.get("unused", None) or _base_losses(script, tiny, tmp_path_factory)
+def test_a_flag_changes_training(script, tiny, tmp_path, tmp_path_factory, flags):
+    base = base_losses(script, tiny, tmp_path_factory)
     run(script, tiny, "--learning_rate", "1e-2", "--lr_scheduler", "constant", *flags)
     assert losses(tmp_path / "run") != base
 
@@ -96,7 +96,7 @@ def test_a_flag_changes_training(script, tiny, tmp_path, tmp_path_factory, flags
 _BASE: list[list[float]] = []
 
 
-def _base_losses(script, tiny, tmp_path_factory) -> list[float]:
+def base_losses(script, tiny, tmp_path_factory) -> list[float]:
     if not _BASE:
         folder = tmp_path_factory.mktemp("base") / "run"
         words = [*tiny, "--learning_rate", "1e-2", "--lr_scheduler", "constant", "--output_dir", folder]
@@ -144,7 +144,7 @@ def test_accumulation_gives_the_loss_of_a_large_batch(script, tiny, tmp_path):
 @pytest.mark.parametrize("schedule", ["linear", "cosine", "polynomial", "constant_with_warmup"])
 def test_learning_rate_counts_optimizer_steps(script, tiny, tmp_path, schedule):
     words = ["--lr_scheduler", schedule, "--lr_warmup_steps", "2", "--gradient_accumulation_steps", "2"]
-    run(script, tiny, *words)
+    run(script, tiny, *words, "--learning_rate", "1e-3")
     rates = [json.loads(line)["lr"] for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
     assert rates[:3] == pytest.approx([0.0, 5e-4, 1e-3])
     if schedule == "linear":
@@ -159,7 +159,9 @@ class Recorder:
         return torch.zeros_like(noisy)
 
 
-@pytest.mark.parametrize("flags", [["--cep_gamma", "2"], ["--embedding_dropout", "0.5"], ["--corruption_ratio", "0.3"]])
+@pytest.mark.parametrize(
+    "flags", [["--cep_gamma", "2"], ["--embedding_dropout", "0.5"], ["--corruption_ratio", "0.3"]]
+)
 def test_clean_and_corrupted_runs_see_the_same_noise(tiny, flags):
     """Switching one kind of draw on leaves all others as they were."""
     module = load_script("train_class_cond")

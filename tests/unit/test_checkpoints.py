@@ -64,7 +64,7 @@ def cut_the_manifest(checkpoint):
 
 
 DAMAGE = [
-    (truncate, "model.pt has"),
+    (truncate, "bytes instead of"),
     (flip, "content of model.pt has changed"),
     (lose_a_part, "parts/state.json is missing"),
     (lose_the_manifest, "manifest.json is missing"),
@@ -115,7 +115,6 @@ def test_no_limit_keeps_all(tmp_path, accelerator):
     assert len(checkpoints.all_in(tmp_path)) == 3
 
 
-@pytest.mark.xfail(strict=True, reason="the old folder is renamed onto the one being made")
 def test_a_damaged_checkpoint_can_be_saved_again(tmp_path, accelerator):
     save_all(tmp_path, accelerator, 1, 2)
     truncate(tmp_path / "checkpoint-2")
@@ -124,7 +123,6 @@ def test_a_damaged_checkpoint_can_be_saved_again(tmp_path, accelerator):
     assert checkpoints.problem_with(again) is None and names(tmp_path) == ["checkpoint-1", "checkpoint-2"]
 
 
-@pytest.mark.xfail(strict=True, reason="rotation goes by step alone and removes what was just saved")
 def test_rotation_keeps_what_was_just_saved(tmp_path, accelerator):
     save_all(tmp_path, accelerator, 10, 20, 30)
     saved = checkpoints.save(tmp_path, 15, accelerator, write, limit=2)  # taken up at checkpoint-10

@@ -21,8 +21,7 @@ def labels(num_classes: int, size: int = SIZE) -> torch.Tensor:
 # The rate
 
 
-@pytest.mark.parametrize("ratio", PAPER)
-@pytest.mark.parametrize("groups", [None, GROUPS])
+@pytest.mark.parametrize(("ratio", "groups"), [*((ratio, None) for ratio in PAPER), (0.1, GROUPS)])
 def test_the_realized_ratio_is_the_one_asked_for(ratio, groups):
     true = labels(10)
     corrupted = corrupt_labels(true, torch.arange(SIZE), ratio=ratio, num_classes=10, groups=groups)
@@ -103,13 +102,13 @@ def test_asymmetric_corruption_stays_in_the_group(true_class):
 
 @pytest.mark.parametrize("groups", [None, GROUPS])
 def test_the_batch_and_its_order_do_not_matter(groups):
-    true, index = labels(10, 997), torch.arange(997) * 13 + 5
+    true, index = labels(10, 203), torch.arange(203) * 13 + 5
     corruption = LabelCorruption(0.4, 10, seed=3, groups=groups)
     whole = corruption(true, index, epoch=2)
-    for size in (1, 7, 64, 500):
+    for size in (1, 7, 64, 100):
         parts = [corruption(t, i, epoch=2) for t, i in zip(true.split(size), index.split(size), strict=True)]
         assert torch.equal(torch.cat(parts), whole), size
-    order = torch.randperm(997, generator=torch.Generator().manual_seed(0))
+    order = torch.randperm(203, generator=torch.Generator().manual_seed(0))
     assert torch.equal(corruption(true[order], index[order], epoch=2), whole[order])
     for ranks in (2, 4):
         for rank in range(ranks):

@@ -53,7 +53,9 @@ def test_the_words_of_one_key_differ():
 
 def test_more_words_begin_with_the_same_words():
     keys = torch.arange(20)
-    assert torch.equal(randomness.random_bits(3, "test", keys, 11), randomness.random_bits(3, "test", keys, 30)[:, :11])
+    assert torch.equal(
+        randomness.random_bits(3, "test", keys, 11), randomness.random_bits(3, "test", keys, 30)[:, :11]
+    )
 
 
 @pytest.mark.parametrize("bit", [0, 31, 32, 33, 40, 62, 63])
@@ -113,7 +115,7 @@ def test_shapes(shape):
 @pytest.mark.parametrize("seed", [0, 1, 2**40])
 def test_uniform_draws_are_uniform(seed):
     draws = randomness.uniform(seed, "test", torch.arange(2000), (100,)).double().flatten()
-    assert 0.0 < draws.min() and draws.max() < 1.0
+    assert draws.min() > 0.0 and draws.max() < 1.0
     size = len(draws)
     assert abs(draws.mean() - 0.5) < 4.5 * (1 / 12 / size) ** 0.5
     assert abs(draws.var() - 1 / 12) < 4.5 * (1 / 180 / size) ** 0.5
@@ -121,7 +123,7 @@ def test_uniform_draws_are_uniform(seed):
 
 
 # Keys, found by search, whose first word in the stream (0, "edges") is 0 and 2^32 - 1.
-LOWEST, HIGHEST = torch.tensor([LOWKEY]), torch.tensor([HIGHKEY])
+LOWEST, HIGHEST = torch.tensor([1451369671]), torch.tensor([5040749092])
 
 
 def test_the_edges_of_the_range():
@@ -297,8 +299,10 @@ def test_the_global_generators_are_left_alone():
     keys = torch.arange(9)
     for draw in DRAWS.values():
         draw(keys, 1)
-    randomness.permutation(0, "test", 10)
-    randomness.generator_for(0, "test", 4)
+    # A seed and purpose that no other test has, so that nothing of the stream is remembered from there.
+    randomness.normal(99, "global", keys, (3,), 1)
+    randomness.permutation(98, "global", 10)
+    randomness.generator_for(97, "global", 4)
     assert torch.equal(torch.random.get_rng_state(), before[0])
     state = np.random.get_state()
     assert state[0] == before[1][0] and np.array_equal(state[1], before[1][1]) and state[2:] == before[1][2:]

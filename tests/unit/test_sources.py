@@ -274,7 +274,6 @@ def test_the_fingerprint_of_a_dataset_changes_with_content_and_columns(tmp_path)
     assert source_of(tmp_path / "a").fingerprint == prints[0]
 
 
-@pytest.mark.xfail(strict=True, reason="reading a missing image raises a TypeError, which no caller skips")
 def test_a_missing_image_is_an_unreadable_one(tmp_path):
     labelled(datasets.Value("int64"), [0, 1], [colour(0), None]).save_to_disk(str(tmp_path / "saved"))
     source = source_of(tmp_path / "saved")
@@ -283,7 +282,6 @@ def test_a_missing_image_is_an_unreadable_one(tmp_path):
         source.read(1, 8)
 
 
-@pytest.mark.xfail(strict=True, reason="an unlabelled example (-1 or none) gets a class id that does not exist")
 @pytest.mark.parametrize("label", [-1, None])
 def test_an_example_without_a_label_is_refused(tmp_path, label):
     labelled(datasets.ClassLabel(names=["a", "b"]), [0, label]).save_to_disk(str(tmp_path / "saved"))
@@ -297,7 +295,7 @@ def test_an_example_without_a_label_is_refused(tmp_path, label):
 def test_a_number_of_classes_is_drawn_by_its_seed():
     names = [str(number) for number in range(100)]
     chosen = choose_classes(names, "10", seed=0)
-    assert chosen == sorted(set(chosen)) and len(chosen) == 10 and 0 <= chosen[0] and chosen[-1] < 100
+    assert chosen == sorted(set(chosen)) and len(chosen) == 10 and min(chosen) >= 0 and max(chosen) < 100
     assert choose_classes(names, "10", seed=0) == chosen
     assert choose_classes(names, "10", seed=1) != chosen
     assert choose_classes(names, "100", seed=3) == list(range(100))

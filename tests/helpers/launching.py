@@ -1,0 +1,32 @@
+"""Scripts of the repo root: as modules, and launched as a user launches them."""
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def load_script(name: str):
+    """A script of the repo root as a module."""
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, ROOT / f"{name}.py")
+        module = sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    return sys.modules[name]
+
+
+def launch_command(name: str, *argv, processes: int = 1) -> list[str]:
+    """The command line a user types."""
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(processes)]
+    if processes > 1:  # the launcher's name for several processes; without a GPU they run on CPU
+        launcher.append("--multi_gpu")
+    return [*launcher, str(ROOT / f"{name}.py"), *map(str, argv)]
+
+
+def launch(name: str, *argv, processes: int = 1, **options) -> subprocess.CompletedProcess:
+    """Launches a script and waits for it."""
+    command = launch_command(name, *argv, processes=processes)
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, **options)
