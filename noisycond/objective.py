@@ -159,15 +159,15 @@ class DiffusionObjective:
         # The posterior variance is 0 at t = 0, so its logarithm is cut off at that of t = 1.
         log_posterior = torch.cat([posterior_variance[1:2], posterior_variance[1:]]).log()
         clean_scale = betas * previous.sqrt() / (1.0 - alphas_cumprod)
-        noisy_scale = (1.0 - previous) * (1.0 - betas).sqrt() / (1.0 - alphas_cumprod)
 
         def at(values):
             return self._at(values, examples.timesteps)[:, None, None, None].float()
 
         fraction = (variance + 1.0) / 2.0
         log_variance = fraction * at(betas.log()) + (1.0 - fraction) * at(log_posterior)
-        true_mean = at(clean_scale) * examples.clean + at(noisy_scale) * examples.noisy
-        mean = at(clean_scale) * self._clean_from(prediction, examples) + at(noisy_scale) * examples.noisy
+        # Both means hold the same multiple of x_t, which is left out: it cancels in the divergence and is 0 at t = 0.
+        true_mean = at(clean_scale) * examples.clean
+        mean = at(clean_scale) * self._clean_from(prediction, examples)
 
         divergence = gaussian_kl(true_mean, at(log_posterior), mean, log_variance)
         reconstruction = -discretized_gaussian_log_likelihood(examples.clean, mean, 0.5 * log_variance)

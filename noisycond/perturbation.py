@@ -31,7 +31,8 @@ class ConditionEmbeddingPerturbation(nn.Module):
 
     Called without keys it draws from a stream of its own, another one on every call; torch's global generators are
     left alone. Called with keys it is a pure function of them: the recomputed forward of gradient checkpointing, a
-    second block that reads the embedding, or a resumed run sees the same δ.
+    second block that reads the embedding, or a resumed run sees the same δ. Without keys, give each process of a
+    distributed run its own seed: with one seed they all draw the same.
 
     Args:
         gamma: γ ≥ 0; the paper's default is 1.

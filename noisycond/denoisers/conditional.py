@@ -101,7 +101,7 @@ class ConditionalDenoiser(nn.Module):
         if self.perturbation is not None:
             embedding = self.perturbation(
                 embedding,
-                keys=condition["index"] if self.fixed else keys,
+                keys=condition["index"] if self.fixed and self.training else keys,
                 where=None if self.perturb_null else ~self.encoder.is_null(condition),
             )
         return self.backbone(noisy, timesteps, embedding)

@@ -114,15 +114,17 @@ def _preset_from_config(name: str, config: dict) -> Preset:
     unknown = sorted(key for key in config if not key.startswith("_") and key not in known)
     if unknown and class_name == "DiTTransformer2DModel":
         raise InputError(f"--denoiser {name}: unknown key {unknown[0]!r}{closest(unknown[0], known)}.")
-    channels = config.get("in_channels", 4)
-    out_channels = config.get("out_channels") or channels
-    if out_channels not in (channels, 2 * channels):
+    channels, out_channels = config.get("in_channels"), config.get("out_channels")
+    if channels is None and out_channels is not None:
+        raise InputError(f"--denoiser {name}: it has out_channels, {out_channels}, but no in_channels; give both.")
+    out_channels = out_channels or channels
+    if channels is not None and out_channels not in (channels, 2 * channels):
         raise InputError(
             f"--denoiser {name}: out_channels is {out_channels}, but must equal in_channels ({channels}) or twice "
             "that (a learned variance)."
         )
     kept = {key: value for key, value in config.items() if key in known and key != "out_channels"}
-    return Preset(kept, learned_variance=out_channels == 2 * channels)
+    return Preset(kept, learned_variance=channels is not None and out_channels == 2 * channels)
 
 
 def _id2label(folder: str) -> dict[int, str] | None:
