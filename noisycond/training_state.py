@@ -198,8 +198,8 @@ class TrainingState:
         self.progress = Progress(state["step"], state["attempted_step"], state["nonfinite_steps"])
         self.lr_schedule.load_state_dict(state["lr_schedule"])
         if self.ema is not None:
-            shadow = load_file(folder / "ema.safetensors", device=str(self.accelerator.device))
-            self.ema.shadow_params = [shadow[name] for name in self.names]
+            shadow = load_file(folder / "ema.safetensors")
+            self.ema.shadow_params = [shadow[name].to(self.accelerator.device) for name in self.names]
             self.ema.optimization_step = state["ema_step"]
         for name, tally in self.tallies.items():
             total = torch.tensor(state["tallies"][name])
