@@ -75,7 +75,9 @@ def main() -> None:
 
     times = {name: seconds(action, args.repeats, args.device) for name, action in
              (("keyed draws", keyed), ("torch's generator", stateful), ("training step", step))}  # fmt: skip
-    print(f"{args.denoiser}, batch {args.batch_size}, latent {args.latent_size}, {args.device}, median of {args.repeats}")
+    print(
+        f"{args.denoiser}, batch {args.batch_size}, latent {args.latent_size}, {args.device}, median of {args.repeats}"
+    )
     for name, value in times.items():
         print(f"{name:>20}: {1e3 * value:9.2f} ms   {100 * value / times['training step']:6.2f} % of a step")
 

@@ -69,9 +69,14 @@ def philox_4x32(counter: Sequence[torch.Tensor], key: tuple[int, int], rounds: i
 
 
 @functools.lru_cache(maxsize=1024)
-def _stream_key(seed: int, purpose: str) -> tuple[int, int]:
+def _hashed(seed: int, purpose: str) -> tuple[int, int]:
     digest = hashlib.blake2b(f"{seed}/{purpose}".encode(), digest_size=8).digest()
     return int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:], "little")
+
+
+@torch.compiler.assume_constant_result  # a compiled model holds the key: tracing the hash would break its graph
+def _stream_key(seed: int, purpose: str) -> tuple[int, int]:
+    return _hashed(seed, purpose)
 
 
 def _purpose_name(purpose: str) -> str:
