@@ -17,13 +17,39 @@ def own_caches(tmp_path_factory):
     os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
 
 
-@pytest.fixture(autouse=True)
-def fresh_accelerate():
-    """accelerate keeps its state in the process; every test starts without."""
+def forget_accelerate() -> None:
+    """accelerate keeps its state in the process: this drops it."""
     from accelerate.state import AcceleratorState, GradientState
 
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate():
+    """Every test starts and ends without accelerate's state."""
+    forget_accelerate()
+    yield
+    forget_accelerate()
+
+
+@pytest.fixture
+def accelerator():
+    """An accelerator on CPU, one process."""
+    from accelerate import Accelerator
+
+    return Accelerator(cpu=True)
+
+
+@pytest.fixture
+def one_thread():
+    """One thread: models too small for more, and bits that do not depend on the machine's cores."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture
@@ -31,10 +57,7 @@ def script():
     """Calls a script's main in process: script("train_class_cond", "--seed", 1)."""
 
     def call(name: str, *argv):
-        from accelerate.state import AcceleratorState, GradientState
-
-        AcceleratorState._reset_state(reset_partial_state=True)
-        GradientState._reset_state()
+        forget_accelerate()
         return load_script(name).main([str(word) for word in argv])
 
     return call

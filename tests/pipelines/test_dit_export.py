@@ -17,6 +17,7 @@ from noisycond.first_stage import open_first_stage
 from noisycond.objective import DiffusionObjective, make_betas
 
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 NAMES = [str(digit) for digit in range(10)]
 STRANGER = """
 import hashlib, json, sys
@@ -60,14 +61,6 @@ def digest(pipeline, **options) -> str:
     generator = torch.manual_seed(5)
     images = pipeline([3, 9, 0], generator=generator, num_inference_steps=4, output_type="np", **options).images
     return hashlib.sha256(images.tobytes()).hexdigest()
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("kind, learned_variance", [("digits-kl", False), ("digits-vq", True)])

@@ -12,13 +12,7 @@ from noisycond.data.sources import ImageFolder
 from noisycond.errors import InputError
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Models and images are too small for threads, which only wait for each other on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def ramp(width: int, height: int) -> Image.Image:

@@ -8,8 +8,6 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState
 from diffusers import AutoencoderKL, VQModel
 from PIL import Image
 
@@ -20,6 +18,9 @@ from noisycond.errors import InputError
 from noisycond.first_stage import FirstStage
 
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
 SHAPE = {
     "block_out_channels": (8, 8, 8),
     "norm_num_groups": 4,
@@ -27,24 +28,6 @@ SHAPE = {
     "up_block_types": ("UpDecoderBlock2D",) * 3,
     "scaling_factor": 0.5,
 }
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Models and images are too small for threads, which only wait for each other on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture
-def accelerator():
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-    yield Accelerator(cpu=True)
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
 
 
 @pytest.fixture

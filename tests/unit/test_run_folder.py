@@ -4,8 +4,6 @@ import json
 from dataclasses import dataclass
 
 import pytest
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState
 
 from noisycond import checkpoints
 from noisycond.arguments import CorruptionArguments, LoopArguments, PerturbationArguments
@@ -24,15 +22,6 @@ FACTS = {"dataset": "abc", "examples": 10, "global_batch_size": 32, "class_names
 @dataclass
 class SomeArguments(CorruptionArguments, PerturbationArguments, LoopArguments):
     pass
-
-
-@pytest.fixture
-def accelerator():
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-    yield Accelerator(cpu=True)
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
 
 
 @pytest.fixture
