@@ -17,10 +17,10 @@ try:
     from tqdm import tqdm
 
     from noisycond import hardware, sampling
-    from noisycond.arguments import Arguments, flag, parse_arguments, require
-    from noisycond.errors import InputError, one_sentence_errors
-    from noisycond.processes import on_main
-    from noisycond.run_folder import write_atomically
+    from noisycond.arguments import Arguments, flag, parse_arguments
+    from noisycond.errors import InputError, one_sentence_errors, require
+    from noisycond.processes import on_all, on_main
+    from noisycond.run_folder import differences, write_atomically
 except ModuleNotFoundError as error:
     sys.exit(f"error: {error.name} is not installed; in the checkout, run: pip install -e .")
 
@@ -32,7 +32,7 @@ MAY_CHANGE = {"recipe", "output_dir", "cpu_threads_per_process"}
 @dataclass
 class GenerateArguments(Arguments):
     pipeline: str | None = flag(None, "A pipeline folder or Hub id.")
-    output_dir: str = flag("runs/images", "Where images and labels.jsonl are written.")
+    output_dir: str = flag("runs/images", "Where images and metadata.jsonl (the labels) are written.")
     num_images: int = flag(1000, "Number of images.")
     batch_size: int = flag(50, "Images per chunk; the bits of an image depend on it, not on the number of processes.")
     class_sampling: Literal["balanced", "random"] = flag(
@@ -60,17 +60,18 @@ class GenerateArguments(Arguments):
         require(self.seed >= 0, f"--seed is {self.seed}, but it must not be negative.")
 
 
-def open_folder(args: GenerateArguments) -> None:
-    """Claims the output folder, or takes up an earlier generation with the same settings."""
+def open_folder(args: GenerateArguments, weights: str) -> None:
+    """Claims the output folder, or takes up an earlier generation with the same settings and weights (a hash)."""
     folder, settings = Path(args.output_dir), asdict(args)
     settings_file = folder / "generation.json"
     if settings_file.exists():
-        earlier = json.loads(settings_file.read_text())
-        different = [
-            f"--{name} was {earlier.get(name)!r} and is {value!r}"
-            for name, value in settings.items()
-            if name not in MAY_CHANGE and earlier.get(name) != value
-        ]
+        try:
+            earlier = json.loads(settings_file.read_text())
+        except ValueError as error:
+            raise InputError(f"{settings_file} is damaged ({error}); name another --output_dir.") from error
+        different = differences(earlier, settings, MAY_CHANGE)
+        if earlier.get("weights") != weights:
+            different.append(f"the pipeline {args.pipeline} has other weights or another scheduler now")
         require(not different, f"--output_dir {folder} holds images made with other settings: {'; '.join(different)}.")
     else:
         require(
@@ -78,7 +79,7 @@ def open_folder(args: GenerateArguments) -> None:
             f"--output_dir {folder} holds images of something else; name another folder.",
         )
         folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(settings_file, json.dumps(settings, indent=2) + "\n")
+        write_atomically(settings_file, json.dumps(settings | {"weights": weights}, indent=2) + "\n")
 
 
 def image_path(args: GenerateArguments, number: int) -> Path:
@@ -98,12 +99,13 @@ def main(argv: list[str] | None = None) -> None:
     hardware.set_up_logging(accelerator)
     if accelerator.device.type == "cpu":
         hardware.set_threads(args.cpu_threads_per_process)
-    on_main(accelerator, lambda: open_folder(args))
-    pipeline = sampling.open_pipeline(args.pipeline, getattr(torch, args.torch_dtype), args.trust_remote_code)
+    pipeline = sampling.open_pipeline(args.pipeline, args.trust_remote_code)
     if args.scheduler is not None:
         sampling.set_scheduler(pipeline, args.scheduler)
-    pipeline.to(accelerator.device)
+    pipeline.to(accelerator.device, getattr(torch, args.torch_dtype))
     labels = make_labels(args, sampling.number_of_classes(pipeline, args.pipeline))
+
+    on_main(accelerator, lambda: open_folder(args, sampling.fingerprint(pipeline)))
 
     # Whole chunks of the global list go to processes: what shares a batch does not depend on their number.
     chunks = [
@@ -115,18 +117,21 @@ def main(argv: list[str] | None = None) -> None:
         lambda: [i for i, chunk in enumerate(chunks) if not all(image_path(args, n).exists() for n in chunk)],
     )
     mine = missing[accelerator.process_index :: accelerator.num_processes]
-    for i in tqdm(mine, desc="generating", unit="batch", disable=not accelerator.is_main_process):
-        images = sampling.sample(
-            pipeline,
-            labels[chunks[i].start : chunks[i].stop].tolist(),
-            chunks[i],
-            seed=args.seed,
-            guidance_scale=args.guidance_scale,
-            num_inference_steps=args.num_inference_steps,
-        )
-        for number, image in zip(chunks[i], images, strict=True):
-            save_image(image, image_path(args, number))
-    accelerator.wait_for_everyone()
+
+    def draw() -> None:
+        for i in tqdm(mine, desc="generating", unit="batch", disable=not accelerator.is_main_process):
+            images = sampling.sample(
+                pipeline,
+                labels[chunks[i].start : chunks[i].stop].tolist(),
+                chunks[i],
+                seed=args.seed,
+                guidance_scale=args.guidance_scale,
+                num_inference_steps=args.num_inference_steps,
+            )
+            for number, image in zip(chunks[i], images, strict=True):
+                save_image(image, image_path(args, number))
+
+    on_all(accelerator, draw)
     if accelerator.is_main_process:
         rows = [
             json.dumps({"file_name": image_path(args, number).name, "label": int(label)}) + "\n"

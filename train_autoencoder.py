@@ -5,6 +5,7 @@ accelerate launch train_autoencoder.py                          # the KL miniatu
 accelerate launch train_autoencoder.py --recipe digits_vq       # the VQ one
 """
 
+import copy
 import json
 import sys
 from dataclasses import dataclass
@@ -18,11 +19,12 @@ try:
     from torch import nn
 
     from noisycond import hardware, pictures, randomness, trainer
-    from noisycond.arguments import DataArguments, LoopArguments, flag, parse_arguments, require
+    from noisycond.arguments import DataArguments, LoopArguments, flag, parse_arguments
     from noisycond.data.opening import open_batches, open_training_data
     from noisycond.data.sources import open_source
-    from noisycond.errors import one_sentence_errors
+    from noisycond.errors import one_sentence_errors, require
     from noisycond.first_stage import FirstStage
+    from noisycond.processes import on_main
     from noisycond.randomness import Purpose
     from noisycond.reconstruction import latent_std, reconstruct, reconstruction_psnr
     from noisycond.run_folder import RunFolder, claim, write_atomically
@@ -53,6 +55,10 @@ class AutoencoderArguments(DataArguments, LoopArguments):
             all(channels % self.norm_num_groups == 0 for channels in self.block_out_channels),
             f"--norm_num_groups is {self.norm_num_groups}, but must divide each of --block_out_channels "
             f"{self.block_out_channels}.",
+        )
+        require(
+            self.train_data_dir is None or self.validation_split is None,
+            "--validation_split has no effect with --train_data_dir: a folder of images has no splits.",
         )
         require(self.kl_weight >= 0, f"--kl_weight is {self.kl_weight}, but it must not be negative.")
         if self.dataset_name == "digits" and self.validation_split is None:
@@ -115,21 +121,22 @@ def draw_reconstructions(first_stage: FirstStage, images, path: Path) -> None:
 def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(AutoencoderArguments, argv, default_recipe="digits_kl")
     run = RunFolder(args.output_dir)
-    run.check(args)
     accelerator = hardware.make_accelerator(args)
+    on_main(accelerator, lambda: run.check(args))
     data = open_training_data(args)
     held_out = data.images
     if args.validation_split is not None:
         held_out = type(data.images)(open_source(args, args.validation_split), data.images.transform)
     model = Reconstruction(build_autoencoder(args), args.kl_weight, args.seed)
     batches = open_batches(args, data, accelerator)
-    facts = data.facts | {"global_batch_size": batches.global_batch_size}
+    facts = data.facts | trainer.facts(args, batches) | {"mixed_precision": accelerator.mixed_precision}
+    on_main(accelerator, lambda: trainer.check_space(args, model))
     resume_from = claim(run, args, facts, Path(__file__).name, accelerator)
     trainer.announce(args, accelerator, data.images, model, batches)
 
     def validate(step: int) -> None:
-        draw_reconstructions(FirstStage(model.model, args.seed), held_out, run.samples / f"step-{step:07d}.png")
-        model.requires_grad_(True)
+        frozen = FirstStage(copy.deepcopy(model.model), args.seed)
+        draw_reconstructions(frozen, held_out, run.samples / f"step-{step:07d}.png")
 
     result = trainer.fit(
         model,
@@ -145,8 +152,8 @@ def main(argv: list[str] | None = None) -> None:
     if result.stopped_by is None and accelerator.is_main_process:
         first_stage = FirstStage(model.model, args.seed)
         model.model.register_to_config(scaling_factor=round(1.0 / latent_std(first_stage, data.images), 5))
+        model.model.save_pretrained(run.path)  # before the measuring, which may take long
         psnr = reconstruction_psnr(first_stage, held_out)
-        model.model.save_pretrained(run.path)
         draw_reconstructions(first_stage, held_out, run.samples / "final.png")
         pictures.plot_loss(run.read_log(), run.path / "loss.png")
         figures = {"psnr_db": round(psnr, 2), "images": len(held_out), "split": args.validation_split or "train"}

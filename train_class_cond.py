@@ -25,16 +25,16 @@ try:
         PerturbationArguments,
         flag,
         parse_arguments,
-        require,
     )
     from noisycond.data.class_groups import read_class_groups
     from noisycond.data.opening import open_batches, open_training_data
     from noisycond.denoisers import build_denoiser, find_denoiser
-    from noisycond.errors import one_sentence_errors
+    from noisycond.errors import InputError, one_sentence_errors, require, writing
     from noisycond.export import dit_pipeline, export_pipeline, model_card, sampling_scheduler
     from noisycond.first_stage import open_first_stage
     from noisycond.objective import DiffusionObjective, make_betas
     from noisycond.perturbation import ConditionEmbeddingPerturbation
+    from noisycond.processes import on_main
     from noisycond.randomness import Purpose
     from noisycond.run_folder import RunFolder, claim
 except ModuleNotFoundError as error:
@@ -66,6 +66,16 @@ class ClassCondArguments(
             "unconditional; lower one of them.",
         )
         require(
+            not self.cache_latents or self.center_crop or self.dataset_name == "digits",
+            "--cache_latents needs --center_crop: a random crop is another image every epoch.",
+        )
+        require(
+            self.validation_inference_steps <= self.num_train_timesteps and self.validation_guidance_scale >= 1,
+            f"--validation_inference_steps is {self.validation_inference_steps} and --validation_guidance_scale "
+            f"{self.validation_guidance_scale}, but they must be at most --num_train_timesteps, "
+            f"{self.num_train_timesteps}, and at least 1 (no guidance).",
+        )
+        require(
             self.validation_images_per_class > 0 and self.validation_inference_steps > 0,
             "--validation_images_per_class and --validation_inference_steps must be positive.",
         )
@@ -77,7 +87,14 @@ def build_objective(args: ClassCondArguments, preset) -> tuple[DiffusionObjectiv
         name: getattr(preset, name) if getattr(args, name) is None else getattr(args, name)
         for name in ("beta_schedule", "beta_start", "beta_end")
     }
-    betas = make_betas(*noise_schedule.values(), args.num_train_timesteps)
+    require(
+        preset.prediction_type in (None, args.prediction_type),
+        f"--prediction_type is {args.prediction_type}, but {args.denoiser} was trained for {preset.prediction_type}.",
+    )
+    try:
+        betas = make_betas(*noise_schedule.values(), args.num_train_timesteps)
+    except ValueError as error:
+        raise InputError(f"--beta_schedule, --beta_start, --beta_end: {error}") from error
     objective = DiffusionObjective(
         betas, args.prediction_type, args.snr_gamma, args.input_perturbation, preset.learned_variance, args.seed
     )
@@ -102,7 +119,7 @@ def make_compute_loss(args: ClassCondArguments, first_stage, objective: Diffusio
 
 def save_corruption_map(corruption: LabelCorruption, source, path: Path) -> None:
     """Writes index, true and corrupted label of every example."""
-    with path.open("w", newline="") as file:
+    with writing(f"--output_dir {path.parent}", path.name), path.open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["index", "true", "corrupted"])
         for first in range(0, len(source), 65536):
@@ -121,9 +138,10 @@ def draw_samples(pipeline, args: ClassCondArguments, num_classes: int, path: Pat
         guidance_scale=args.validation_guidance_scale,
         num_inference_steps=args.validation_inference_steps,
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
     scale = max(1, 64 // images[0].width)
-    pictures.image_grid(images, args.validation_images_per_class, scale=scale).save(path)
+    with writing(f"--output_dir {args.output_dir}", path.name):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pictures.image_grid(images, args.validation_images_per_class, scale=scale).save(path)
 
 
 def export(pipeline, args: ClassCondArguments, run: RunFolder, class_names: list[str], result, dataset: str) -> None:
@@ -143,7 +161,8 @@ def export(pipeline, args: ClassCondArguments, run: RunFolder, class_names: list
         "seed": args.seed,
     }
     card = model_card(f"{args.denoiser} on {dataset}", settings, class_names, "samples/final.png")
-    export_pipeline(pipeline, run.path, class_names, card)
+    with writing(f"--output_dir {run.path}", "the pipeline (its last checkpoint is whole)"):
+        export_pipeline(pipeline, run.path, class_names, card)
     print(
         f"\nSamples: {run.samples / 'final.png'}\nLoss curve: {run.path / 'loss.png'}\nPipeline: {run.path}\n\n"
         "Load it with plain diffusers:\n\n"
@@ -157,8 +176,8 @@ def export(pipeline, args: ClassCondArguments, run: RunFolder, class_names: list
 def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(ClassCondArguments, argv, default_recipe="digits_dit_mini")
     run = RunFolder(args.output_dir)
-    run.check(args)
     accelerator = hardware.make_accelerator(args)
+    on_main(accelerator, lambda: run.check(args))
 
     require(args.pretrained_vae_model_name_or_path is not None, "--pretrained_vae_model_name_or_path is needed.")
     first_stage = open_first_stage(args.pretrained_vae_model_name_or_path, args.seed)
@@ -197,13 +216,18 @@ def main(argv: list[str] | None = None) -> None:
 
     facts = data.facts | {
         "first_stage": first_stage.fingerprint,
-        "global_batch_size": args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes,
+        "mixed_precision": accelerator.mixed_precision,
+        "class_groups": groups,
+        "denoiser": {name: value for name, value in denoiser.backbone.model.config.items() if name[0] != "_"},
+        "noise_schedule": noise_schedule,
     }
-    resume_from = claim(run, args, facts, Path(__file__).name, accelerator)
     first_stage.to(accelerator.device)
     batches = open_batches(args, data, accelerator, first_stage)
-    if args.save_corruption_map and accelerator.is_main_process:
-        save_corruption_map(corruption, data.source, run.path / "corruption_map.csv")
+    facts |= trainer.facts(args, batches)
+    on_main(accelerator, lambda: trainer.check_space(args, denoiser))
+    resume_from = claim(run, args, facts, Path(__file__).name, accelerator)  # from here on the folder is this run's
+    if args.save_corruption_map:
+        on_main(accelerator, lambda: save_corruption_map(corruption, data.source, run.path / "corruption_map.csv"))
     trainer.announce(args, accelerator, data.images, denoiser, batches)
 
     def pipeline():
@@ -221,8 +245,9 @@ def main(argv: list[str] | None = None) -> None:
         tallies={"corruption": corruption},
         validate=lambda step: draw_samples(pipeline(), args, len(class_names), run.samples / f"step-{step:07d}.png"),
     )
-    if result.stopped_by is None and accelerator.is_main_process:
-        export(pipeline(), args, run, class_names, result, args.dataset_name or args.train_data_dir)
+    if result.stopped_by is None:
+        dataset = args.dataset_name or args.train_data_dir
+        on_main(accelerator, lambda: export(pipeline(), args, run, class_names, result, dataset))
     trainer.finish(accelerator, result, run)
 
 

@@ -14,7 +14,7 @@ from typing import Literal, TypeVar
 import yaml
 from transformers import HfArgumentParser
 
-from noisycond.errors import InputError, closest
+from noisycond.errors import InputError, closest, require
 
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
@@ -27,12 +27,6 @@ def flag(default, help: str):
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata={"help": help})
     return field(default=default, metadata={"help": help})
-
-
-def require(condition: bool, sentence: str) -> None:
-    """Raises InputError with the sentence unless the condition holds."""
-    if not condition:
-        raise InputError(sentence)
 
 
 @dataclass
@@ -83,6 +77,22 @@ class DataArguments(Arguments):
             require(
                 Path(self.train_data_dir).is_dir(), f"--train_data_dir {self.train_data_dir}: there is no such folder."
             )
+        elsewhere = {
+            "dataset_config_name": None,
+            "dataset_split": "train",
+            "image_column": "image",
+            "label_column": "label",
+        }
+        for name, default in elsewhere.items():
+            require(
+                self.train_data_dir is None or getattr(self, name) == default,
+                f"--{name} has no effect with --train_data_dir: a folder of images has no such thing.",
+            )
+        by_number = self.class_subset is not None and self.class_subset.isdigit()
+        require(
+            self.class_subset_seed == 0 or by_number,
+            "--class_subset_seed has no effect unless --class_subset is a number of classes.",
+        )
         require(self.resolution > 0, f"--resolution is {self.resolution}, but it must be a positive number of pixels.")
         for name in ("max_bad_images", "dataloader_num_workers"):
             require(getattr(self, name) >= 0, f"--{name} is {getattr(self, name)}, but it must not be negative.")
@@ -103,6 +113,13 @@ class FirstStageArguments(Arguments):
     latent_cache_dir: str | None = flag(
         None, "Where latent caches are kept, one folder each; the default is ~/.cache/noisycond/latents."
     )
+
+    def __post_init__(self):
+        super().__post_init__()
+        require(
+            self.cache_latents or self.latent_cache_dir is None,
+            "--latent_cache_dir has no effect without --cache_latents.",
+        )
 
 
 @dataclass
@@ -198,11 +215,16 @@ class ObjectiveArguments(Arguments):
             value = getattr(self, name)
             require(value is None or 0.0 < value < 1.0, f"--{name} is {value}, but it must lie between 0 and 1.")
         require(
+            self.beta_schedule != "squaredcos_cap_v2" or self.beta_start is self.beta_end is None,
+            "--beta_start and --beta_end have no effect with --beta_schedule squaredcos_cap_v2.",
+        )
+        require(
             None in (self.beta_start, self.beta_end) or self.beta_start <= self.beta_end,
             f"--beta_start is {self.beta_start}, but must not be above --beta_end, {self.beta_end}.",
         )
 
 
+_FACTOR = r"\d+(?:\.\d*)?(?:e-?\d+)?"
 LR_SCHEDULERS = (
     "linear",
     "cosine",
@@ -268,14 +290,26 @@ class LoopArguments(Arguments):
         for name in ("max_train_steps", "checkpoints_total_limit", "cpu_threads_per_process"):
             value = getattr(self, name)
             require(value is None or value > 0, f"--{name} is {value}, but it must be positive.")
-        for name in ("checkpointing_steps", "validation_steps", "max_grad_norm", "lr_warmup_steps", "seed"):
+        for name in (
+            "checkpointing_steps",
+            "validation_steps",
+            "max_grad_norm",
+            "adam_weight_decay",
+            "lr_warmup_steps",
+            "seed",
+        ):
             require(getattr(self, name) >= 0, f"--{name} is {getattr(self, name)}, but it must not be negative.")
         require(self.seed < 2**32, f"--seed is {self.seed}, but it must be less than 2^32.")
         require(
-            self.lr_step_rules is None or re.fullmatch(r"([\d.e-]+:\d+,)*[\d.e-]+", self.lr_step_rules),
+            self.lr_step_rules is None or re.fullmatch(rf"({_FACTOR}:\d+,)*{_FACTOR}", self.lr_step_rules),
             f"--lr_step_rules is {self.lr_step_rules!r}, but must read like '1:1000,0.1:2000,0.01': a factor of the "
             "learning rate, until which step, and so on, and the factor after that.",
         )
+        for name, schedule in (("lr_num_cycles", "cosine_with_restarts"), ("lr_power", "polynomial")):
+            require(
+                getattr(self, name) == 1 or self.lr_scheduler == schedule,
+                f"--{name} has no effect with --lr_scheduler {self.lr_scheduler}, only with {schedule}.",
+            )
         logs = Path(self.logging_dir)
         require(
             not logs.is_absolute() and ".." not in logs.parts and logs != Path("."),

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from accelerate import Accelerator
 
-from noisycond.errors import NO_SPACE, InputError
+from noisycond.errors import InputError, writing
 from noisycond.processes import on_all, on_main
 
 
@@ -50,36 +50,34 @@ def save(
         for stale in output_dir.glob(".checkpoint-*.tmp"):
             shutil.rmtree(stale, ignore_errors=True)
     accelerator.wait_for_everyone()
+
+    def write_share() -> None:
+        with writing(f"--output_dir {output_dir}", final.name):
+            making.mkdir(parents=True, exist_ok=True)
+            write(making)
+
+    def finish() -> None:
+        with writing(f"--output_dir {output_dir}", final.name):
+            _finish(making, final)
+
     try:
-        on_all(accelerator, lambda: _writing(lambda: (making.mkdir(parents=True, exist_ok=True), write(making))))
-        on_main(accelerator, lambda: _writing(lambda: _finish(making, final)))
+        on_all(accelerator, write_share)
+        on_main(accelerator, finish)
     except InputError as error:
         if accelerator.is_main_process:
             shutil.rmtree(making, ignore_errors=True)
         kept = [path.name for path in all_in(output_dir) if problem_with(path) is None]
-        raise InputError(
-            f"--output_dir {output_dir}: {error} while writing checkpoint-{step}; "
-            + (f"{kept[-1]} is whole, continue with --resume_from_checkpoint latest." if kept else "none is saved.")
-        ) from error
+        saved = f"{kept[-1]} is whole, continue with --resume_from_checkpoint latest." if kept else "None is saved."
+        raise InputError(f"{error} {saved}") from error
     if accelerator.is_main_process and limit is not None:
-        for path in all_in(output_dir)[:-limit]:
-            if path != final:
-                _remove(path)
+        # Those of later steps come first: they were passed over or left behind when the run went back.
+        others = sorted(
+            (path for path in all_in(output_dir) if path != final), key=lambda p: (step_of(p) < step, step_of(p))
+        )
+        for path in others[: max(0, len(others) + 1 - limit)]:
+            _remove(path)
     accelerator.wait_for_everyone()
     return final
-
-
-def _writing(action: Callable[[], object]) -> None:
-    """Runs a writing action; its failure becomes an InputError that names the cause."""
-    try:
-        action()
-    except Exception as error:  # torch and safetensors wrap a full disk in types of their own
-        text = " ".join(str(error).split())
-        full = isinstance(error, OSError) and error.errno in NO_SPACE
-        # PyTorch's zip writer reports a short write without its cause.
-        if full or any(os.strerror(number).lower() in text.lower() for number in NO_SPACE) or "unexpected pos" in text:
-            raise InputError("no space left") from error
-        raise InputError(f"{type(error).__name__} ({text})") from error
 
 
 def _finish(making: Path, final: Path) -> None:
@@ -94,9 +92,13 @@ def _finish(making: Path, final: Path) -> None:
         json.dump({"files": files}, file, indent=2)
         file.flush()
         os.fsync(file.fileno())
-    if final.exists():
-        _remove(final)
+    if not final.exists():
+        making.rename(final)
+        return
+    old = final.with_name(f".{final.name}.old.tmp")
+    final.rename(old)
     making.rename(final)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _remove(path: Path) -> None:

@@ -11,7 +11,6 @@ from noisycond import randomness
 from noisycond.randomness import Purpose
 
 
-CORRUPTION_TYPES = ("symmetric", "asymmetric")
 CORRUPTION_MODES = ("fixed", "random")
 
 
@@ -85,7 +84,8 @@ def corrupt_labels(
         ValueError: ratio outside [0, 1], labels outside [0, K), fewer than two classes, or groups that do not cover
             the classes.
     """
-    return LabelCorruption(ratio, num_classes, seed=seed, groups=groups)(class_labels, index, epoch=epoch)
+    corruption = LabelCorruption(ratio, num_classes, seed=seed, groups=groups, mode="random")
+    return corruption(class_labels, index, epoch=epoch)
 
 
 class LabelCorruption:
@@ -106,7 +106,7 @@ class LabelCorruption:
         *,
         seed: int = 0,
         groups: Sequence[Sequence[int]] | None = None,
-        mode: str = "random",
+        mode: str = "fixed",
     ):
         check_ratio("corruption ratio", ratio)
         if mode not in CORRUPTION_MODES:
@@ -114,7 +114,10 @@ class LabelCorruption:
         if ratio > 0 and num_classes < 2:
             raise ValueError(f"label corruption needs at least two classes, but there is {num_classes}.")
         self.ratio, self.num_classes, self.seed, self.mode = ratio, num_classes, seed, mode
-        self.tables = None if groups is None else group_tables(groups, num_classes)
+        self.tables = None
+        if groups is not None:
+            tables = group_tables(groups, num_classes)
+            self.tables = (*tables, torch.bincount(tables[1]))
         self.counts = torch.zeros(num_classes, 2, dtype=torch.int64)
 
     def __call__(
@@ -122,11 +125,13 @@ class LabelCorruption:
     ) -> torch.LongTensor:
         """True labels int64 [B] and keys int64 [B] to corrupted labels int64 [B]; see [`corrupt_labels`]."""
         class_labels = class_labels.to(torch.int64)
-        if len(class_labels) and not 0 <= int(class_labels.min()) <= int(class_labels.max()) < self.num_classes:
-            raise ValueError(
-                f"class labels lie in [{int(class_labels.min())}, {int(class_labels.max())}], but must lie in "
-                f"[0, {self.num_classes - 1}]."
-            )
+        # On a GPU the look at the values would wait for it; an embedding table refuses what is out of range there.
+        if len(class_labels) and class_labels.device.type == "cpu":
+            lowest, highest = int(class_labels.min()), int(class_labels.max())
+            if not 0 <= lowest <= highest < self.num_classes:
+                raise ValueError(
+                    f"class labels lie in [{lowest}, {highest}], but must lie in [0, {self.num_classes - 1}]."
+                )
         if self.ratio == 0.0:
             return class_labels.clone()
         epoch = 0 if self.mode == "fixed" else epoch
@@ -137,9 +142,10 @@ class LabelCorruption:
         if self.tables is None:
             size, place = self.num_classes, class_labels
         else:
-            members, group_of, place_of = (table.to(class_labels.device) for table in self.tables)
+            self.tables = tuple(table.to(class_labels.device) for table in self.tables)
+            members, group_of, place_of, group_size = self.tables
             group, place = group_of[class_labels], place_of[class_labels]
-            size = torch.bincount(group_of)[group]
+            size = group_size[group]
         # A shift by 1 to size - 1 places: uniform over the others, never the class itself.
         shift = 1 + randomness.randint(self.seed, Purpose.CORRUPTED_VALUE, index, size - 1, epoch)
         place = (place + shift) % size
@@ -147,10 +153,9 @@ class LabelCorruption:
 
     def count(self, class_labels: torch.Tensor, corrupted_labels: torch.Tensor) -> None:
         """Adds a batch, true and corrupted labels int64 [B], to `counts`."""
-        class_labels, corrupted_labels = class_labels.cpu(), corrupted_labels.cpu()
-        self.counts[:, 0] += torch.bincount(class_labels, minlength=self.num_classes)
-        wrong = class_labels[class_labels != corrupted_labels]
-        self.counts[:, 1] += torch.bincount(wrong, minlength=self.num_classes)
+        self.counts = self.counts.to(class_labels.device)
+        rows = torch.stack([torch.ones_like(class_labels), (class_labels != corrupted_labels).long()], dim=1)
+        self.counts.index_add_(0, class_labels, rows)
 
     def summary(self, counts: torch.Tensor | None = None) -> Mapping[str, object]:
         """The realized ratio and the counts per class, as plain numbers for a log or a JSON file."""

@@ -6,6 +6,7 @@ import functools
 import os
 import sys
 from collections.abc import Callable, Iterable
+from contextlib import contextmanager
 
 
 # What the system says when a disk, a quota or a file-size limit is reached.
@@ -14,6 +15,29 @@ NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 class InputError(ValueError):
     """Names the flag or file, what was wrong and what would be right."""
+
+
+def require(condition: object, sentence: str) -> None:
+    """Raises InputError with the sentence unless the condition holds."""
+    if not condition:
+        raise InputError(sentence)
+
+
+@contextmanager
+def writing(where: str, what: str):
+    """A context for writing files: a failure becomes an InputError that names flag and folder, what was being written,
+    and the cause; "no space left" where that is what the system, torch or safetensors mean."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:  # torch and safetensors wrap a full disk in types of their own
+        text = " ".join(str(error).split())
+        full = isinstance(error, OSError) and error.errno in NO_SPACE
+        # PyTorch's zip writer reports a short write without its cause.
+        full = full or any(os.strerror(number).lower() in text.lower() for number in NO_SPACE)
+        cause = "no space left" if full or "unexpected pos" in text else f"{type(error).__name__} ({text})"
+        raise InputError(f"{where}: {cause} while writing {what}.") from error
 
 
 def closest(name: str, known: Iterable[str]) -> str:

@@ -5,6 +5,7 @@ Letters: B examples, C latent channels, R the resolution, h = w = R / factor the
 
 import hashlib
 import json
+import logging
 from pathlib import Path
 
 import torch
@@ -15,6 +16,7 @@ from noisycond.errors import InputError
 from noisycond.randomness import Purpose
 
 
+logger = logging.getLogger(__name__)
 SHIPPED = Path(__file__).parent / "data" / "first_stages"
 CLASSES = {"AutoencoderKL": AutoencoderKL, "VQModel": VQModel}
 
@@ -69,11 +71,8 @@ class FirstStage:
         # Private entries tell where and with which version it was saved.
         config = {name: value for name, value in self.model.config.items() if not name.startswith("_")}
         config["class"] = type(self.model).__name__
-        digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
-        for name, tensor in sorted(self.model.state_dict().items()):
-            digest.update(name.encode())
-            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()
+        text = json.dumps(config, sort_keys=True, default=str) + state_hash(self.model)
+        return hashlib.sha256(text.encode()).hexdigest()
 
     def to(self, device: torch.device) -> "FirstStage":
         """Moves the autoencoder, which stays in float32: a half-precision one overflows on some images."""
@@ -100,6 +99,15 @@ class FirstStage:
         return moments * self.scaling_factor
 
 
+def state_hash(model: torch.nn.Module) -> str:
+    """SHA-256 of a model's weights: their names and bytes."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
 def open_first_stage(name_or_path: str, seed: int = 0) -> FirstStage:
     """The first stage that `--pretrained_vae_model_name_or_path` names.
 
@@ -119,7 +127,12 @@ def open_first_stage(name_or_path: str, seed: int = 0) -> FirstStage:
             if config.get("_class_name") not in CLASSES:
                 reasons.append(f"it is a {config.get('_class_name')}")
                 continue
-            return FirstStage(CLASSES[config["_class_name"]].from_pretrained(location, **options), seed)
+            model = CLASSES[config["_class_name"]].from_pretrained(location, **options)
+            if isinstance(model, VQModel) and "scaling_factor" not in config:
+                # diffusers would fill in 0.18215, a KL autoencoder's number; LDM uses the latents unscaled.
+                model.register_to_config(scaling_factor=1.0)
+            logger.info("First stage %s: scaling factor %s.", name_or_path, model.config.scaling_factor)
+            return FirstStage(model, seed)
         except (OSError, ValueError, KeyError) as error:
             reasons.append(" ".join(str(error).split()))
     shipped = ", ".join(sorted(path.name for path in SHIPPED.glob("*/")))

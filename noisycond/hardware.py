@@ -4,21 +4,23 @@ import importlib.util
 import logging
 import os
 import shutil
+from datetime import timedelta
 
 import psutil
 import torch
 from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration, set_seed
+from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, set_seed
 
-from noisycond.arguments import LoopArguments, require
-from noisycond.errors import InputError
+from noisycond.arguments import LoopArguments
+from noisycond.errors import InputError, require
 
 
 TRACKERS = ("tensorboard", "wandb", "comet_ml", "all", "none")
 
 
 def make_accelerator(args: LoopArguments) -> Accelerator:
-    """The accelerator of a training script, after every setting that the machine cannot honour was refused.
+    """The accelerator of a training script, after every setting that the machine cannot honour was refused. Seeds
+    Python, NumPy and torch, and sets TF32 and, on CPU, the thread count.
 
     Raises:
         InputError: a flag needs a GPU or a library that is not there.
@@ -34,6 +36,8 @@ def make_accelerator(args: LoopArguments) -> Accelerator:
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         mixed_precision=args.mixed_precision,
         log_with=None if args.report_to == "none" else args.report_to,
+        # The main process measures and draws while the others wait at a barrier.
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))],
         project_config=ProjectConfiguration(args.output_dir, os.path.join(args.output_dir, args.logging_dir)),
     )
     if accelerator.device.type == "cpu":
@@ -46,8 +50,9 @@ def make_accelerator(args: LoopArguments) -> Accelerator:
 
 def no_accelerator() -> bool:
     """Whether everything runs on CPU. Told to accelerate, so that several launched processes find each other there too
-    (by gloo); left alone it would run each as if it were the only one."""
-    return not torch.accelerator.is_available()
+    (by gloo); left alone it would run each as if it were the only one. Apple's GPUs have no float64 and are not used.
+    """
+    return not (torch.cuda.is_available() or torch.xpu.is_available())
 
 
 def set_up_logging(accelerator: Accelerator) -> None:

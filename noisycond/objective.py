@@ -99,6 +99,7 @@ class DiffusionObjective:
         Args:
             latents [B, C, h, w]: x_0, float32, of about unit variance. keys [B]: int64, this step's keys.
         """
+        self._move(latents.device)
         timesteps = randomness.randint(self.seed, Purpose.TIMESTEP, keys, len(self.betas))
         noise = randomness.normal(self.seed, Purpose.NOISE, keys, latents.shape[1:])
         signal_scale, noise_scale = self._scales(timesteps)
@@ -133,9 +134,12 @@ class DiffusionObjective:
         return (snr.clamp(max=self.snr_gamma) / divisor).float()
 
     def _at(self, values: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-        if values.device != timesteps.device:
-            values = values.to(timesteps.device)
         return values[timesteps]
+
+    def _move(self, device: torch.device) -> None:
+        # The schedule follows the latents, once: a copy in every step would wait for the device.
+        if self.betas.device != device:
+            self.betas, self.alphas_cumprod = self.betas.to(device), self.alphas_cumprod.to(device)
 
     def _scales(self, timesteps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         alphas_cumprod = self._at(self.alphas_cumprod, timesteps)[:, None, None, None]
@@ -154,7 +158,7 @@ class DiffusionObjective:
         log-likelihood of x_0 discretized to 256 values on [-1, 1].
         """
         betas, alphas_cumprod = self.betas, self.alphas_cumprod
-        previous = torch.cat([torch.ones(1, dtype=torch.float64), alphas_cumprod[:-1]])
+        previous = torch.cat([torch.ones_like(alphas_cumprod[:1]), alphas_cumprod[:-1]])
         posterior_variance = betas * (1.0 - previous) / (1.0 - alphas_cumprod)
         # The posterior variance is 0 at t = 0, so its logarithm is cut off at that of t = 1.
         log_posterior = torch.cat([posterior_variance[1:2], posterior_variance[1:]]).log()

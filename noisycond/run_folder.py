@@ -17,7 +17,7 @@ from pathlib import Path
 from accelerate import Accelerator
 
 from noisycond import checkpoints
-from noisycond.errors import InputError
+from noisycond.errors import InputError, require, writing
 from noisycond.processes import on_main
 
 
@@ -52,11 +52,17 @@ MAY_CHANGE = {
     "enable_xformers_memory_efficient_attention",
     "torch_compile",
     "allow_tf32",
+    "dataset_name",  # what these three name is compared by content instead
+    "train_data_dir",
+    "pretrained_vae_model_name_or_path",
+    "class_groups",  # the groups themselves are compared
+    "mixed_precision",  # what accelerate made of it is compared
     "train_batch_size",  # the global batch size is compared instead
     "gradient_accumulation_steps",
-    "num_train_epochs",  # max_train_steps is compared instead, where the learning rate depends on it
+    "num_train_epochs",  # the number of steps is compared instead, where the learning rate depends on it
+    "max_train_steps",
 }
-# Exported pipelines: every component folder that a pipeline of this project writes.
+# What runs and their exports write, beside checkpoints and the trackers' folder.
 OWNED = ("run.json", "log.jsonl", "loss.png", "samples", "corruption.json", "corruption_map.csv", "README.md") + (
     "reconstruction.json",
     "model_index.json",
@@ -95,6 +101,15 @@ class RunFolder:
         """
         if self.path.exists() and not self.path.is_dir():
             raise InputError(f"--output_dir {self.path} is a file, not a folder.")
+        require(
+            self.path.resolve() != Path.cwd().resolve(), "--output_dir must name a folder other than the current one."
+        )
+        foreign = [] if self.holds_a_run() else [name for name in OWNED if (self.path / name).exists()]
+        require(
+            not foreign,
+            f"--output_dir {self.path} holds {', '.join(foreign)}, which no run of noisycond wrote here; name another "
+            "folder, so that nothing of it is replaced.",
+        )
         if self.holds_a_run() and not (args.resume_from_checkpoint or args.overwrite_output_dir):
             raise InputError(
                 f"--output_dir {self.path} holds another run: continue it with --resume_from_checkpoint latest, "
@@ -122,14 +137,18 @@ class RunFolder:
         }
         earlier = (resume_from.parent if resume_from else self.path) / self.settings_file.name
         if args.overwrite_output_dir:
-            self._remove_earlier_run(args.logging_dir)
+            self._remove_earlier_run()
         elif earlier.exists():
             self._compare(_read_settings(earlier), settings)
         self.path.mkdir(parents=True, exist_ok=True)
         write_atomically(self.settings_file, json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
 
-    def _remove_earlier_run(self, logging_dir: str) -> None:
-        # Only what a run writes: the folder may be somebody's home.
+    def _remove_earlier_run(self) -> None:
+        # Only what a run writes: the folder may hold more. Where it logged, its settings tell.
+        try:
+            logging_dir = _read_settings(self.settings_file)["arguments"]["logging_dir"]
+        except (InputError, KeyError):
+            logging_dir = "logs"
         for path in [self.path / name for name in (*OWNED, logging_dir)] + checkpoints.all_in(self.path):
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
@@ -137,24 +156,16 @@ class RunFolder:
                 path.unlink(missing_ok=True)
 
     def _compare(self, earlier: dict, now: dict) -> None:
-        old, new = earlier["arguments"], now["arguments"]
-        ignored = set(MAY_CHANGE)
-        if new["lr_scheduler"] in ("constant", "constant_with_warmup", "piecewise_constant"):
-            ignored.add("max_train_steps")
-        differences = [
-            f"--{name} was {old.get(name)!r} and is {value!r}"
-            for name, value in new.items()
-            if name not in ignored and old.get(name) != value
-        ] + [
+        found = differences(earlier["arguments"], now["arguments"], MAY_CHANGE) + [
             f"{name.replace('_', ' ')} was {_short(earlier['facts'].get(name))} and is {_short(value)}"
             for name, value in now["facts"].items()
             if earlier["facts"].get(name) != value
         ]
         if earlier["script"] != now["script"]:
-            differences.insert(0, f"the script was {earlier['script']} and is {now['script']}")
-        if differences:
+            found.insert(0, f"the script was {earlier['script']} and is {now['script']}")
+        if found:
             raise InputError(
-                f"--resume_from_checkpoint: the run in {self.path} has other settings: {'; '.join(differences)}. Use "
+                f"--resume_from_checkpoint: the run in {self.path} has other settings: {'; '.join(found)}. Use "
                 "the settings it was started with, or another --output_dir."
             )
 
@@ -173,7 +184,7 @@ class RunFolder:
 
     def log(self, row: dict) -> None:
         """Appends one line to the log."""
-        with self.log_file.open("a") as file:
+        with writing(f"--output_dir {self.path}", self.log_file.name), self.log_file.open("a") as file:
             file.write(json.dumps(row) + "\n")
 
     def read_log(self) -> list[dict]:
@@ -192,12 +203,26 @@ def claim(run: RunFolder, args, facts: dict, script: str, accelerator: Accelerat
     """
     wanted = args.resume_from_checkpoint
     resume_from = checkpoints.find(run.path, wanted, accelerator) if wanted else None
+    elsewhere = resume_from is not None and resume_from.parent.resolve() != run.path.resolve()
+    require(
+        not (elsewhere and run.holds_a_run()),
+        f"--output_dir {run.path} holds a run of its own; continue {resume_from} in its own folder or a new one.",
+    )
     on_main(accelerator, lambda: run.open(args, facts, script, resume_from))
     if resume_from is not None:
         logger.info("Resuming from %s.", resume_from)
     elif wanted:
         logger.info("There is no checkpoint in %s yet: starting at step 0.", run.path)
     return resume_from
+
+
+def differences(old: dict, new: dict, ignored: set[str]) -> list[str]:
+    """How two sets of resolved arguments differ, a clause each: "--seed was 0 and is 1"."""
+    return [
+        f"--{name} was {old.get(name)!r} and is {value!r}"
+        for name, value in new.items()
+        if name not in ignored and old.get(name) != value
+    ]
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -3,17 +3,20 @@
 Letters: N images, K classes.
 """
 
+import hashlib
 import inspect
+import json
 from collections.abc import Sequence
 
 import diffusers
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, DiTTransformer2DModel
 from PIL import Image
 from tqdm import tqdm
 
 from noisycond import randomness
 from noisycond.errors import InputError, closest
+from noisycond.first_stage import state_hash
 from noisycond.randomness import Purpose
 
 
@@ -68,16 +71,14 @@ def sample_all(
     return images
 
 
-def open_pipeline(name_or_path: str, torch_dtype: torch.dtype, trust_remote_code: bool = False) -> DiffusionPipeline:
-    """The pipeline in a folder or on the Hub, quiet.
+def open_pipeline(name_or_path: str, trust_remote_code: bool = False) -> DiffusionPipeline:
+    """The pipeline in a folder or on the Hub, in float32 and without progress bars.
 
     Raises:
         InputError: there is none, or it does not take class labels.
     """
     try:
-        pipeline = DiffusionPipeline.from_pretrained(
-            name_or_path, torch_dtype=torch_dtype, trust_remote_code=trust_remote_code
-        )
+        pipeline = DiffusionPipeline.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())
         raise InputError(f"--pipeline {name_or_path}: diffusers cannot open it ({reason}).") from error
@@ -100,7 +101,27 @@ def set_scheduler(pipeline: DiffusionPipeline, name: str) -> None:
 
 
 def number_of_classes(pipeline: DiffusionPipeline, name_or_path: str) -> int:
-    """K: the length of `id2label` where the folder has one (it may stand beside a larger table), else the number of
-    embeddings of the denoiser."""
+    """K: the length of `id2label` where the folder has one, else the number of class embeddings of the transformer.
+
+    The stock pipeline drops `id2label` when it saves; the rows of a smaller model's table that are filled with the
+    null embedding (the last row) are no classes then either.
+
+    Raises:
+        InputError: a pipeline that is not built on a DiT tells neither.
+    """
     names = DiffusionPipeline.load_config(name_or_path).get("id2label")
-    return len(names) if isinstance(names, dict) else pipeline.transformer.config.num_embeds_ada_norm
+    if isinstance(names, dict):
+        return len(names)
+    if not isinstance(getattr(pipeline, "transformer", None), DiTTransformer2DModel):
+        raise InputError(f"--pipeline {name_or_path}: it has no id2label, so its number of classes is not known.")
+    table = pipeline.transformer.transformer_blocks[0].norm1.emb.class_embedder.embedding_table.weight
+    return int((table != table[-1]).any(dim=1).nonzero().max()) + 1
+
+
+def fingerprint(pipeline: DiffusionPipeline) -> str:
+    """A hash of all weights and of the scheduler's configuration: what images depend on beside the arguments."""
+    digest = hashlib.sha256(json.dumps(dict(pipeline.scheduler.config), sort_keys=True, default=str).encode())
+    for name, component in sorted(pipeline.components.items()):
+        if isinstance(component, torch.nn.Module):
+            digest.update(name.encode() + state_hash(component).encode())
+    return digest.hexdigest()

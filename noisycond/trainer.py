@@ -4,6 +4,7 @@ It knows neither prediction type nor architecture; a script hands it a module, b
 """
 
 import logging
+import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from tqdm import tqdm
 from noisycond.arguments import LoopArguments
 from noisycond.data.batches import Batches
 from noisycond.data.images import BadImages, LabelledImages
+from noisycond.errors import require
 from noisycond.processes import on_main
 from noisycond.run_folder import RunFolder
 from noisycond.signals import StopSignals
@@ -31,6 +33,21 @@ class FitResult:
     step: int
     stopped_by: str | None
     totals: dict[str, dict]
+
+
+def check_space(args: LoopArguments, denoiser: nn.Module) -> None:
+    """Raises InputError where the disk cannot hold one checkpoint (weights, average, optimizer) and one export."""
+    folder = Path(args.output_dir).absolute()
+    while not folder.exists():
+        folder = folder.parent
+    copies = 2 + args.use_ema + (0.5 if args.use_8bit_adam else 2)
+    needed = copies * sum(4 * parameter.numel() for parameter in denoiser.parameters())
+    free = shutil.disk_usage(folder).free
+    require(
+        needed <= free,
+        f"--output_dir {args.output_dir}: no space left: a checkpoint and the exported pipeline take about "
+        f"{needed / 1e9:.2f} GB and {free / 1e9:.2f} GB are free.",
+    )
 
 
 def steps_to_train(args: LoopArguments, dataset_size: int, global_batch_size: int) -> int:
@@ -69,7 +86,6 @@ def fit(
     """
     max_steps = steps_to_train(args, len(batches.dataset), batches.global_batch_size)
     state = TrainingState(denoiser.to(accelerator.device), args, max_steps, accelerator, tallies or {})
-    on_main(accelerator, state.check_space)
     if resume_from is not None:
         state.load(resume_from)
     progress, saved_at = state.progress, state.progress.step
@@ -88,7 +104,12 @@ def fit(
             if args.checkpointing_steps and progress.step % args.checkpointing_steps == 0:
                 state.save()
                 saved_at = progress.step
-            if validate and args.validation_steps and progress.step % args.validation_steps == 0:
+            if (
+                validate
+                and state.stopped_by is None
+                and args.validation_steps
+                and progress.step % args.validation_steps == 0
+            ):
                 _validate(state, validate)
         if saved_at != progress.step:
             state.save()
@@ -126,6 +147,15 @@ def _bar(state: TrainingState) -> tqdm:
         disable=not state.accelerator.is_local_main_process,
         dynamic_ncols=True,
     )
+
+
+def facts(args: LoopArguments, batches: Batches) -> dict:
+    """What a resumed run must share beside its flags, as JSON values: the global batch size, and the number of steps
+    where the learning rate depends on it."""
+    shared = {"global_batch_size": batches.global_batch_size}
+    if args.lr_scheduler not in ("constant", "constant_with_warmup", "piecewise_constant"):
+        shared["optimizer_steps"] = steps_to_train(args, len(batches.dataset), batches.global_batch_size)
+    return shared
 
 
 def announce(

@@ -4,7 +4,7 @@ it. Everything here is saved in a checkpoint and taken up again.
 
 import json
 import logging
-import shutil
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -118,13 +118,17 @@ class TrainingState:
         grad_norm = accelerator.clip_grad_norm_(self.parameters, self.args.max_grad_norm or float("inf"))
         progress.attempted_step += 1
         learning_rate = self.lr_schedule.get_last_lr()[0]
-        stepped = bool(torch.isfinite(grad_norm)) and torch.isfinite(torch.tensor(loss)).item()
-        if stepped or accelerator.scaler is not None:  # a gradient scaler must see the step it is to skip
+        scaled, finite = accelerator.scaler is not None, math.isfinite(loss)
+        stepped = finite and (scaled or bool(torch.isfinite(grad_norm)))
+        if not finite:
+            self.optimizer.zero_grad()
+        if stepped or scaled:  # a gradient scaler must see the step it is to skip, or it never lowers its scale
             self.optimizer.step()
             stepped = stepped and not accelerator.optimizer_step_was_skipped
         self.optimizer.zero_grad()
         if not stepped:
-            self._skip(loss, float(grad_norm))
+            # A scaler that is still finding its scale skips steps too: with a finite loss that is no failure.
+            self._skip(loss, float(grad_norm), counts=not (scaled and finite))
             return None
         progress.step, progress.nonfinite_steps = progress.step + 1, 0
         self.lr_schedule.step()
@@ -132,24 +136,14 @@ class TrainingState:
             self.ema.step(self.parameters)
         return {"step": progress.step, "loss": loss, "lr": learning_rate, "grad_norm": float(grad_norm)}
 
-    def check_space(self) -> None:
-        """Raises InputError where the disk cannot hold one checkpoint and one export."""
-        folder = Path(self.args.output_dir)
-        copies = 1 + (self.ema is not None) + (2 if not self.args.use_8bit_adam else 0.5)
-        needed = (copies + 1) * sum(4 * parameter.numel() for parameter in self.denoiser.parameters())
-        free = shutil.disk_usage(folder).free
-        if needed > free:
-            raise InputError(
-                f"--output_dir {folder}: no space left: a checkpoint and the exported pipeline take about "
-                f"{needed / 1e9:.2f} GB and {free / 1e9:.2f} GB are free."
-            )
-
-    def _skip(self, loss: float, grad_norm: float) -> None:
-        self.progress.nonfinite_steps += 1
+    def _skip(self, loss: float, grad_norm: float, counts: bool) -> None:
+        self.progress.nonfinite_steps += counts
         if self.accelerator.is_main_process:
             logger.warning("Skipping a step: the loss is %s and the gradient norm %s.", loss, grad_norm)
         if self.progress.nonfinite_steps >= self.args.max_nonfinite_steps:
-            last = checkpoints.all_in(Path(self.args.output_dir))
+            last = [
+                path for path in checkpoints.all_in(Path(self.args.output_dir)) if not checkpoints.problem_with(path)
+            ]
             raise InputError(
                 f"{self.progress.nonfinite_steps} losses in a row were not finite (--max_nonfinite_steps), after step "
                 f"{self.progress.step}: lower --learning_rate or --max_grad_norm"

@@ -40,6 +40,6 @@ def read_class_groups(path: str, class_names: list[str]) -> list[list[int]]:
 def _label(entry: object, places: dict[str, int]) -> int:
     if isinstance(entry, int) and not isinstance(entry, bool):
         return entry
-    if entry not in places:
+    if not isinstance(entry, str) or entry not in places:
         raise ValueError(f"there is no class {entry!r}{closest(str(entry), places)}.")
     return places[entry]

@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import shutil
+import uuid
 from pathlib import Path
 
 import numpy as np
@@ -63,6 +64,7 @@ def cache_key(images: LabelledImages, first_stage: FirstStage) -> dict:
     return {
         "format": FORMAT,
         "dataset": images.source.fingerprint,
+        "version": images.source.version,
         "examples": len(images),
         "first_stage": first_stage.fingerprint,
         "resolution": transform.resolution,
@@ -138,7 +140,8 @@ def _allocate(making: Path, images: LabelledImages, first_stage: FirstStage) -> 
 
 
 def _build(path: Path, key: dict, images: LabelledImages, first_stage: FirstStage, accelerator) -> None:
-    making = path.with_name(path.name + ".making.tmp")
+    # A name of its own: two runs that start together each make one, and the first to finish is used.
+    making = on_main(accelerator, lambda: path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.tmp"))
     on_main(accelerator, lambda: _allocate(making, images, first_stage))
     on_all(accelerator, lambda: _encode_share(making, images, first_stage, accelerator))
     on_main(accelerator, lambda: _finish(making, path, key, len(images)))
@@ -190,5 +193,8 @@ def _finish(making: Path, path: Path, key: dict, size: int) -> None:
     files = {file.name: file.stat().st_size for file in making.iterdir()}
     # The manifest comes last: a cache without one was never finished.
     (making / "manifest.json").write_text(json.dumps({"key": key, "files": files}, indent=2))
+    if _problem_with(path, key) is None:
+        shutil.rmtree(making)
+        return
     shutil.rmtree(path, ignore_errors=True)
     making.rename(path)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from accelerate import Accelerator
 
-from noisycond.arguments import DataArguments, require
+from noisycond.arguments import DataArguments
 from noisycond.data.batches import Batches
 from noisycond.data.images import BadImages, LabelledImages, Transform
 from noisycond.data.latent_cache import default_cache_dir, open_latent_cache
@@ -49,14 +49,10 @@ def open_batches(args, data: TrainingData, accelerator: Accelerator, first_stage
     """This process's training batches: of latents where `--cache_latents` was given, of pixels otherwise.
 
     Raises:
-        InputError: --cache_latents with random crops, too many unreadable images, or no space left for the cache.
+        InputError: too many unreadable images, or no space left for the cache.
     """
     dataset = data.images
     if first_stage is not None and args.cache_latents:
-        require(
-            args.center_crop or args.dataset_name == "digits",
-            "--cache_latents needs --center_crop: a random crop is another image every epoch.",
-        )
         folder = Path(args.latent_cache_dir) if args.latent_cache_dir else default_cache_dir()
         dataset = open_latent_cache(data.images, first_stage, folder, accelerator, data.bad_images)
     return Batches(

@@ -22,12 +22,14 @@ class ImageSource:
     Attributes:
         labels [N]: int64 in [0, K).
         class_names: K names, in the order of the labels.
-        fingerprint: a string that changes with the content; the latent cache is keyed by it.
+        fingerprint: a string that tells one dataset from another, wherever it lies; a resumed run must share it.
+        version: a string that also changes when files were touched; with the fingerprint it keys the latent cache.
     """
 
     labels: np.ndarray
     class_names: list[str]
     fingerprint: str
+    version: str = ""
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -90,11 +92,12 @@ class ImageFolder(ImageSource):
         self.paths = [path for path, _ in folder.samples]
         self.labels = np.asarray(folder.targets, dtype=np.int64)
         self.class_names = folder.classes
-        digest = hashlib.sha256()
+        names, times = hashlib.sha256(), hashlib.sha256()
         for path in self.paths:
             status = Path(path).stat()
-            digest.update(f"{Path(path).relative_to(root)}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
-        self.fingerprint = digest.hexdigest()
+            names.update(f"{Path(path).relative_to(root)}\0{status.st_size}\n".encode())
+            times.update(f"{status.st_mtime_ns}\n".encode())
+        self.fingerprint, self.version = names.hexdigest(), times.hexdigest()
 
     def read(self, index: int, resolution: int) -> Image.Image:
         with Image.open(self.paths[index]) as image:
@@ -150,6 +153,8 @@ class HuggingFaceDataset(ImageSource):
     def _labels(dataset, column: str) -> tuple[np.ndarray, list[str]]:
         feature = dataset.features[column]
         values = dataset.select_columns([column])[:][column]
+        if any(isinstance(value, (list, dict)) for value in values[:1]):
+            raise InputError(f"--label_column {column}: expected class labels (integers or names), not {feature}.")
         absent = {None, -1} if hasattr(feature, "names") else {None}  # -1 is how a test split without labels is stored
         missing = next((place for place, value in enumerate(values) if value in absent), None)
         if missing is not None:
@@ -185,6 +190,7 @@ class Subset(ImageSource):
         self.labels = renumber[source.labels[kept]]
         self.class_names = [source.class_names[label] for label in classes]
         self.fingerprint = hashlib.sha256(source.fingerprint.encode() + kept.tobytes()).hexdigest()
+        self.version = source.version
 
     def read(self, index: int, resolution: int) -> Image.Image:
         return self.source.read(int(self.kept[index]), resolution)
@@ -207,7 +213,11 @@ def choose_classes(class_names: list[str], class_subset: str, seed: int) -> list
     path = Path(class_subset)
     if not path.is_file():
         raise InputError(f"--class_subset {class_subset}: expected a number of classes or a file of class names.")
-    wanted = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise InputError(f"--class_subset {path}: not a text file in UTF-8 ({error}).") from error
+    wanted = [line.strip() for line in lines if line.strip()]
     places = {name: place for place, name in enumerate(class_names)}
     for name in wanted:
         if name not in places:

@@ -5,11 +5,11 @@ Letters: K classes, C latent channels, S the latent size.
 
 import inspect
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
-from diffusers import DiTTransformer2DModel
+from diffusers import DDIMScheduler, DiffusionPipeline, DiTTransformer2DModel
 
 from noisycond.denoisers.conditional import ClassEncoder, ConditionalDenoiser
 from noisycond.denoisers.dit import DiTBackbone, check_exportable
@@ -25,6 +25,7 @@ class Preset:
         config: arguments of the diffusers model, without what the first stage decides (channels and size).
         learned_variance: whether the model predicts a variance too, in C more channels.
         beta_schedule, beta_start, beta_end: as diffusers' schedulers name them.
+        prediction_type: what pretrained weights predict; None leaves the choice.
     """
 
     config: dict = field(default_factory=dict)
@@ -32,6 +33,7 @@ class Preset:
     beta_schedule: str = "linear"
     beta_start: float = 0.0001
     beta_end: float = 0.02
+    prediction_type: str | None = None
 
 
 def _dit(layers: int, width: int, heads: int, patch_size: int = 2) -> dict:
@@ -91,7 +93,8 @@ def find_denoiser(name: str) -> DenoiserSource:
             config = DiTTransformer2DModel.load_config(name, **options)
         except OSError:
             continue
-        return DenoiserSource(_preset_from_config(name, config), name, subfolder, _id2label(name))
+        preset = _with_noise_schedule(_preset_from_config(name, config), name)
+        return DenoiserSource(preset, name, subfolder, _id2label(name))
     raise InputError(f"--denoiser {name}: found no configuration of a DiTTransformer2DModel there.")
 
 
@@ -127,12 +130,22 @@ def _preset_from_config(name: str, config: dict) -> Preset:
     return Preset(kept, learned_variance=channels is not None and out_channels == 2 * channels)
 
 
-def _id2label(folder: str) -> dict[int, str] | None:
-    index = Path(folder) / "model_index.json"
-    if not index.is_file():
+def _with_noise_schedule(preset: Preset, name: str) -> Preset:
+    """The preset with noise schedule and prediction type of the pretrained pipeline's scheduler, where it has one."""
+    try:
+        config = DDIMScheduler.load_config(name, subfolder="scheduler")
+    except OSError:
+        return preset
+    known = ("beta_schedule", "beta_start", "beta_end", "prediction_type")
+    return replace(preset, **{key: config[key] for key in known if key in config})
+
+
+def _id2label(name: str) -> dict[int, str] | None:
+    try:
+        names = DiffusionPipeline.load_config(name).get("id2label")
+    except OSError:
         return None
-    names = json.loads(index.read_text(encoding="utf-8")).get("id2label")
-    return {int(label): name for label, name in names.items()} if isinstance(names, dict) else None
+    return {int(label): title for label, title in names.items()} if isinstance(names, dict) else None
 
 
 def build_denoiser(
@@ -175,7 +188,10 @@ def build_denoiser(
             f"size {config.get('patch_size', 2)}."
         )
     config["out_channels"] = latent_channels * (2 if source.preset.learned_variance else 1)
-    backbone = DiTBackbone(**config)
+    try:
+        backbone = DiTBackbone(**config)
+    except (TypeError, ValueError, NotImplementedError, RuntimeError) as error:
+        raise InputError(f"--denoiser: diffusers cannot build it ({' '.join(str(error).split())}).") from error
     encoder = ClassEncoder(len(class_names), backbone.dim, embedding_dropout, label_smoothing, seed)
     if source.folder is not None:
         _load_pretrained(source, backbone, encoder, class_names)
@@ -192,7 +208,10 @@ def _load_pretrained(source: DenoiserSource, backbone: DiTBackbone, encoder: Cla
                 f"({len(class_names)}: {', '.join(class_names[:5])}, …)."
             )
     options = {} if source.subfolder is None else {"subfolder": source.subfolder}
-    stock = DiTTransformer2DModel.from_pretrained(source.folder, **options)
+    try:
+        stock = DiTTransformer2DModel.from_pretrained(source.folder, **options)
+    except (OSError, ValueError) as error:
+        raise InputError(f"--denoiser {source.folder}: cannot be loaded ({' '.join(str(error).split())}).") from error
     table = backbone.load_stock(stock, len(class_names))
     with torch.no_grad():
         encoder.table.weight.copy_(table)

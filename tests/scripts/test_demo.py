@@ -4,7 +4,6 @@ import json
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 from sklearn.svm import SVC
 
@@ -27,7 +26,7 @@ def classifier() -> SVC:
 
 
 def agreement(classifier, folder, guidance_scale: float, count: int = 150) -> float:
-    pipeline = sampling.open_pipeline(str(folder), torch.float32)
+    pipeline = sampling.open_pipeline(str(folder))
     labels = sampling.balanced_labels(count, 10).tolist()
     settings = {"seed": 7, "guidance_scale": guidance_scale, "num_inference_steps": 15}
     images = sampling.sample_all(pipeline, labels, **settings)
@@ -54,7 +53,7 @@ def test_guidance_raises_agreement_with_the_asked_class(trained, classifier):
 
 def test_the_null_class_is_unconditional(trained):
     """What guidance subtracts does not depend on a class: row 1000 differs from every class row."""
-    table = sampling.open_pipeline(str(trained), torch.float32).transformer.transformer_blocks[0].norm1.emb
+    table = sampling.open_pipeline(str(trained)).transformer.transformer_blocks[0].norm1.emb
     table = table.class_embedder.embedding_table.weight
     assert table.shape[0] == 1001
     assert (table[:10] - table[1000]).abs().max(dim=1).values.min() > 0.01
