@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import shutil
+import time
 import uuid
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from noisycond.processes import on_all, on_main
 logger = logging.getLogger(__name__)
 FORMAT = 1
 ENCODING_BATCH = 64
+LEFT_AFTER = 7 * 24 * 3600  # seconds
 
 
 def default_cache_dir() -> Path:
@@ -120,8 +122,10 @@ def _moments_shape(images: LabelledImages, first_stage: FirstStage) -> tuple[int
 def _allocate(making: Path, images: LabelledImages, first_stage: FirstStage) -> None:
     """Makes the file at its full size, so that a full disk is found before any image is encoded."""
     shape = _moments_shape(images, first_stage)
+    for left in making.parent.glob("*.tmp"):  # by runs that were killed; younger ones may be at work
+        if time.time() - left.stat().st_mtime > LEFT_AFTER:
+            shutil.rmtree(left, ignore_errors=True)
     try:
-        shutil.rmtree(making, ignore_errors=True)
         making.mkdir(parents=True)
         needed, free = 4 * int(np.prod(shape)), shutil.disk_usage(making).free
         if needed > free:
@@ -142,9 +146,14 @@ def _allocate(making: Path, images: LabelledImages, first_stage: FirstStage) -> 
 def _build(path: Path, key: dict, images: LabelledImages, first_stage: FirstStage, accelerator) -> None:
     # A name of its own: two runs that start together each make one, and the first to finish is used.
     making = on_main(accelerator, lambda: path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.tmp"))
-    on_main(accelerator, lambda: _allocate(making, images, first_stage))
-    on_all(accelerator, lambda: _encode_share(making, images, first_stage, accelerator))
-    on_main(accelerator, lambda: _finish(making, path, key, len(images)))
+    try:
+        on_main(accelerator, lambda: _allocate(making, images, first_stage))
+        on_all(accelerator, lambda: _encode_share(making, images, first_stage, accelerator))
+        on_main(accelerator, lambda: _finish(making, path, key, len(images)))
+    except BaseException:  # Ctrl-C too: nobody would take up what is half encoded
+        if accelerator.is_main_process:
+            shutil.rmtree(making, ignore_errors=True)
+        raise
 
 
 def _encode_share(making: Path, images: LabelledImages, first_stage: FirstStage, accelerator) -> None:

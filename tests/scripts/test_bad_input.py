@@ -2,9 +2,12 @@
 
 import json
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
+from launching import ROOT
 from PIL import Image
 
 from noisycond.data.sources import Digits
@@ -30,7 +33,7 @@ CASES = [
     (["--train_data_dir", "/nowhere"], ["--train_data_dir /nowhere", "no such folder"]),
     (["--dataset_split", "validation"], ["--dataset_split validation", "train and test"]),
     (["--class_subset", "11"], ["--class_subset 11", "10 classes"]),
-    (["--class_subset", "1", "--corruption_ratio", "0.1"], ["at least two classes"]),
+    (["--class_subset", "1", "--corruption_ratio", "0.1"], ["--corruption_ratio", "at least two classes"]),
     (["--report_to", "tensorbord"], ["--report_to tensorbord", "tensorboard"]),
     (["--mixed_precision", "fp16"], ["--mixed_precision fp16 needs a GPU"]),
     (["--allow_tf32"], ["--allow_tf32 needs a GPU"]),
@@ -40,6 +43,15 @@ CASES = [
     (["--train_batch_size", "many"], ["--train_batch_size", "invalid int value: 'many'"]),
     (["--save_corruption_map", "--corruption_mode", "random"], ["--save_corruption_map", "fixed"]),
     (["--lr_scheduler", "piecewise_constant"], ["--lr_step_rules"]),
+    (["--lr_scheduler", "piecewise_constant", "--lr_step_rules", "e:10,1"], ["--lr_step_rules is 'e:10,1'"]),
+    (["--lr_power", "2"], ["--lr_power has no effect", "polynomial"]),
+    (["--num_train_timesteps", "1"], ["--num_train_timesteps is 1"]),
+    (["--validation_inference_steps", "2000"], ["--validation_inference_steps is 2000", "1000"]),
+    (["--beta_start", "0.03"], ["--beta_start", "0.03", "0.02"]),
+    (["--adam_weight_decay", "-1"], ["--adam_weight_decay is -1.0"]),
+    (["--latent_cache_dir", "x", "--cache_latents", "false"], ["--latent_cache_dir", "--cache_latents"]),
+    (["--class_subset_seed", "3"], ["--class_subset_seed", "--class_subset"]),
+    (["--output_dir", "."], ["--output_dir", "current"]),
 ]
 
 
@@ -59,6 +71,7 @@ def test_flag(refused, tiny, tmp_path, flags, words):
         ([["0", "1", "zwei"]], ["no class 'zwei'"]),
         ([[0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 9]], ["class 9 is listed twice"]),
         (3, ["list of lists"]),
+        ([[["0"]]], ["no class ['0']"]),
     ],
 )
 def test_class_groups(refused, tiny, tmp_path, groups, words):
@@ -82,7 +95,7 @@ def test_dataset_column(refused, tiny, tmp_path):
     images = [Image.new("RGB", (32, 32), (value, 0, 0)) for value in range(4)]
     dataset = datasets.Dataset.from_dict({"picture": images, "label": [0, 1, 0, 1]})
     dataset.cast_column("picture", datasets.Image()).save_to_disk(tmp_path / "set")
-    words = ["--dataset_name", tmp_path / "set", "--recipe", "digits_dit_mini"]
+    words = ["--dataset_name", tmp_path / "set", "--recipe", "digits_dit_mini", "--center_crop"]
     assert "--image_column image" in refused("train_class_cond", *tiny, *words)
     sentence = refused("train_class_cond", *tiny, *words, "--image_column", "picture", "--label_column", "labels")
     assert "--label_column labels" in sentence and "'label'" in sentence
@@ -153,3 +166,54 @@ def test_more_classes_than_the_stock_pipeline_holds(refused, tiny, tmp_path):
         Image.fromarray(rng.integers(0, 255, (4, 4), dtype=np.uint8)).save(folder / "x.png")
     words = ["--train_data_dir", tmp_path / "images", "--recipe", "digits_dit_mini", "--center_crop"]
     assert "1001 classes" in refused("train_class_cond", *tiny, *words)
+
+
+def test_another_folder_is_left_alone(script, refused, tiny, tmp_path):
+    """A pretrained model, or anything else that no run wrote, is neither overwritten nor replaced by an export."""
+    script("train_class_cond", *tiny)
+    (tmp_path / "run/run.json").unlink()
+    shutil.rmtree(tmp_path / "run/checkpoint-6")
+    before = sorted(tmp_path.glob("run/**/*"))
+    for words in ([], ["--overwrite_output_dir"]):
+        sentence = refused("train_class_cond", *tiny, "--denoiser", tmp_path / "run", *words)
+        assert "model_index.json" in sentence and "name another folder" in sentence
+    assert sorted(tmp_path.glob("run/**/*")) == before
+
+
+def test_a_refused_input_leaves_the_earlier_run(script, refused, tiny, tmp_path):
+    script("train_class_cond", *tiny)
+    before = sorted(tmp_path.glob("run/**/*"))
+    assert "--beta_start" in refused("train_class_cond", *tiny, "--overwrite_output_dir", "--beta_start", "0.03")
+    assert sorted(tmp_path.glob("run/**/*")) == before
+
+
+def test_a_run_of_its_own_is_not_mixed_with_another(script, refused, tiny, tmp_path):
+    script("train_class_cond", *tiny)
+    words = ["--output_dir", tmp_path / "other"]
+    script("train_class_cond", *tiny, *words)
+    sentence = refused("train_class_cond", *tiny, *words, "--resume_from_checkpoint", tmp_path / "run/checkpoint-6")
+    assert "holds a run of its own" in sentence
+
+
+def test_pretrained_weights_of_another_prediction_type(script, refused, tiny, tmp_path):
+    script("train_class_cond", *tiny)
+    words = ["--denoiser", tmp_path / "run", "--output_dir", tmp_path / "next"]
+    sentence = refused("train_class_cond", *tiny, *words, "--prediction_type", "epsilon")
+    assert "--prediction_type is epsilon" in sentence and "v_prediction" in sentence
+
+
+def test_a_full_disk_ends_with_a_sentence_and_keeps_the_checkpoint(tiny, tmp_path):
+    """A file-size limit stands for a full disk: the second checkpoint, with its optimizer state, does not fit."""
+    limited = (
+        "import resource, sys; sys.path[:0] = [sys.argv[1]]; import train_class_cond, noisycond.checkpoints as c;"
+        "save, resource_limit = c.save, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, -1));"
+        "c.save = lambda o, step, *rest: (step == 4 and resource_limit(), save(o, step, *rest))[1];"
+        "train_class_cond.main(sys.argv[2:])"
+    )
+    command = [sys.executable, "-c", limited, str(ROOT), *tiny, "--checkpointing_steps", "2"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 2, done.stderr
+    last = done.stderr.strip().splitlines()[-1]
+    assert "error: --output_dir" in last and "no space left while writing checkpoint-4" in last
+    assert "checkpoint-2 is whole" in last
+    assert [path.name for path in (tmp_path / "run").glob("*checkpoint*")] == ["checkpoint-2"]

@@ -2,11 +2,14 @@
 
 import hashlib
 import json
+import shutil
 from pathlib import Path
 
 import pytest
-from launching import ROOT, launch
+from diffusers import DiffusionPipeline
+from launching import launch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 
 FLAGS = ["--num_images", 20, "--batch_size", 6, "--num_inference_steps", 3, "--cpu_threads_per_process", 1]
@@ -88,4 +91,30 @@ def test_another_generation_in_the_folder(pipeline, script, refused, tmp_path):
     words = ["--pipeline", pipeline, "--num_inference_steps", 1, "--num_images", 2, "--output_dir", tmp_path / "x"]
     script("generate", *words)
     assert "--seed was 0 and is 1" in refused("generate", *words, "--seed", 1)
-    assert (ROOT / "generate.py").exists()
+    before = digests(tmp_path / "x")
+
+    # The same name, retrained: images of the old weights must not pass for those of the new.
+    copy = tmp_path / "copy"
+    shutil.copytree(pipeline, copy)
+    words = ["--pipeline", copy, *words[2:-1], tmp_path / "y"]
+    script("generate", *words)
+    weights = load_file(copy / "transformer/diffusion_pytorch_model.safetensors")
+    weights["proj_out_2.bias"] += 1
+    save_file(weights, copy / "transformer/diffusion_pytorch_model.safetensors")
+    assert "other weights" in refused("generate", *words)
+    assert digests(tmp_path / "x") == before
+
+
+def test_a_mistyped_pipeline_claims_nothing(refused, tmp_path):
+    refused("generate", "--pipeline", "/nowhere", "--output_dir", tmp_path / "x")
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_folder_saved_again_has_as_many_classes(pipeline, script, tmp_path):
+    """Stock diffusers drops id2label on saving; the rows between the classes and the null class are no classes."""
+    DiffusionPipeline.from_pretrained(pipeline).save_pretrained(tmp_path / "again")
+    assert "id2label" not in json.loads((tmp_path / "again/model_index.json").read_text())
+    words = ["--num_inference_steps", 1, "--num_images", 20, "--output_dir", tmp_path / "x"]
+    script("generate", "--pipeline", tmp_path / "again", *words)
+    rows = [json.loads(line) for line in (tmp_path / "x/metadata.jsonl").read_text().splitlines()]
+    assert {row["label"] for row in rows} == set(range(10))

@@ -198,7 +198,7 @@ def test_a_full_disk_at_the_first_checkpoint(tmp_path, accelerator):
 
     with pytest.raises(InputError) as caught:
         checkpoints.save(tmp_path, 3, accelerator, fill)
-    assert "no space left" in str(caught.value) and "none is saved" in str(caught.value)
+    assert "no space left" in str(caught.value) and "None is saved" in str(caught.value)
     assert names(tmp_path) == []
 
 

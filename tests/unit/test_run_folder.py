@@ -5,8 +5,9 @@ from dataclasses import dataclass
 
 import pytest
 
-from noisycond import checkpoints
+from noisycond import checkpoints, trainer
 from noisycond.arguments import CorruptionArguments, LoopArguments, PerturbationArguments
+from noisycond.data.batches import Batches
 from noisycond.errors import InputError
 from noisycond.run_folder import RunFolder, claim
 
@@ -186,7 +187,6 @@ def test_the_same_settings_pass(run):
         ("seed", 0, 1),
         ("corruption_ratio", 0.0, 0.1),
         ("lr_scheduler", "constant", "linear"),
-        ("mixed_precision", None, "bf16"),
         ("use_ema", True, False),
         ("ema_decay", 0.9999, 0.99),
     ],
@@ -236,17 +236,21 @@ def test_a_harmless_setting_may_differ(run, harmless):
     assert all(settings[name] == value for name, value in harmless.items())
 
 
-@pytest.mark.parametrize("schedule", ["constant", "constant_with_warmup"])
-def test_more_steps_with_a_schedule_that_does_not_know_them(run, schedule):
-    begin(run, lr_scheduler=schedule, max_train_steps=10)
-    take_up(run, lr_scheduler=schedule, max_train_steps=20)
+@pytest.mark.parametrize("schedule", ["constant", "cosine", "linear", "polynomial", "cosine_with_restarts"])
+def test_the_number_of_steps_is_a_fact_where_the_learning_rate_depends_on_it(run, schedule):
+    batches = Batches(range(100), batch_size=10)
 
+    def facts(**options):
+        return FACTS | trainer.facts(SomeArguments(lr_scheduler=schedule, **options), batches)
 
-@pytest.mark.parametrize("schedule", ["cosine", "linear", "polynomial", "cosine_with_restarts"])
-def test_more_steps_with_a_schedule_that_ends_at_them(run, schedule):
-    begin(run, lr_scheduler=schedule, max_train_steps=10)
-    message = refusal(run, lr_scheduler=schedule, max_train_steps=20)
-    assert "--max_train_steps was 10 and is 20" in message
+    begin(run, facts(max_train_steps=10), lr_scheduler=schedule, max_train_steps=10)
+    same = facts(num_train_epochs=1)  # the same ten steps
+    take_up(run, same, lr_scheduler=schedule, num_train_epochs=1)
+    if schedule == "constant":
+        take_up(run, facts(max_train_steps=20), lr_scheduler=schedule, max_train_steps=20)
+    else:
+        with pytest.raises(InputError, match="optimizer steps was 10 and is 20"):
+            take_up(run, facts(max_train_steps=20), lr_scheduler=schedule, max_train_steps=20)
 
 
 def test_settings_are_compared_with_the_run_of_the_checkpoint(run, tmp_path):

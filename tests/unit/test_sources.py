@@ -150,16 +150,19 @@ def test_a_class_without_images(folder):
 
 
 def test_the_fingerprint_of_a_folder_changes_with_its_content(folder):
-    first = ImageFolder(str(folder)).fingerprint
-    assert ImageFolder(str(folder)).fingerprint == first
+    first = ImageFolder(str(folder))
+    again = ImageFolder(str(folder))
+    assert (again.fingerprint, again.version) == (first.fingerprint, first.version)
     path = folder / "ant" / "1.png"
     status = path.stat()
     os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns + 10_000_000))
-    touched = ImageFolder(str(folder)).fingerprint
+    touched = ImageFolder(str(folder))
+    # The same data for a run that resumes (a copy has other times), another version for the latent cache.
+    assert touched.fingerprint == first.fingerprint and touched.version != first.version
     path.rename(folder / "bee" / "7.png")
     moved = ImageFolder(str(folder)).fingerprint
     colour(9).save(folder / "cat" / "1.png")
-    assert len({first, touched, moved, ImageFolder(str(folder)).fingerprint}) == 4
+    assert len({first.fingerprint, moved, ImageFolder(str(folder)).fingerprint}) == 3
 
 
 def test_the_fingerprint_of_a_folder_stays_where_the_folder_moves(folder, tmp_path):
