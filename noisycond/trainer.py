@@ -104,12 +104,8 @@ def fit(
             if args.checkpointing_steps and progress.step % args.checkpointing_steps == 0:
                 state.save()
                 saved_at = progress.step
-            if (
-                validate
-                and state.stopped_by is None
-                and args.validation_steps
-                and progress.step % args.validation_steps == 0
-            ):
+            due = args.validation_steps and progress.step % args.validation_steps == 0
+            if validate and due and state.stopped_by is None:
                 _validate(state, validate)
         if saved_at != progress.step:
             state.save()
