@@ -151,6 +151,13 @@ def test_learning_rate_counts_optimizer_steps(script, tiny, tmp_path, schedule):
         assert rates[3:] == pytest.approx([7.5e-4, 5e-4, 2.5e-4])
 
 
+def test_learning_rate_in_pieces(script, tiny, tmp_path):
+    words = ["--lr_scheduler", "piecewise_constant", "--lr_step_rules", "1:2,0.1:4,0.01", "--learning_rate", "1e-3"]
+    run(script, tiny, *words)
+    rates = [json.loads(line)["lr"] for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    assert rates == pytest.approx([1e-3, 1e-3, 1e-4, 1e-4, 1e-5, 1e-5])
+
+
 class Recorder:
     """Stands where the denoiser stands and keeps what it is given."""
 
