@@ -131,6 +131,8 @@ def open_first_stage(name_or_path: str, seed: int = 0) -> FirstStage:
             if isinstance(model, VQModel) and "scaling_factor" not in config:
                 # diffusers would fill in 0.18215, a KL autoencoder's number; LDM uses the latents unscaled.
                 model.register_to_config(scaling_factor=1.0)
+            # An export repeats this entry: the name that was given, not where this machine keeps it.
+            model.register_to_config(_name_or_path=str(name_or_path))
             logger.info("First stage %s: scaling factor %s.", name_or_path, model.config.scaling_factor)
             return FirstStage(model, seed)
         except (OSError, ValueError, KeyError) as error:
