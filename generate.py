@@ -18,7 +18,7 @@ try:
 
     from noisycond import hardware, sampling
     from noisycond.arguments import Arguments, flag, parse_arguments
-    from noisycond.errors import InputError, one_sentence_errors, require
+    from noisycond.errors import InputError, one_sentence_errors, require, writing
     from noisycond.processes import on_all, on_main
     from noisycond.run_folder import differences, write_atomically
 except ModuleNotFoundError as error:
@@ -147,12 +147,11 @@ def save_image(image, path: Path) -> None:
     """Writes beside the name and renames, so that a file with the name is whole."""
     beside = path.with_name(f".{path.name}.part")
     try:
-        image.save(beside, format={"jpg": "JPEG"}.get(path.suffix[1:], path.suffix[1:].upper()))
-        beside.replace(path)
-    except OSError as error:
+        with writing(f"--output_dir {path.parent}", f"{path.name} (run the same command again to go on)"):
+            image.save(beside, format={"jpg": "JPEG"}.get(path.suffix[1:], path.suffix[1:].upper()))
+            beside.replace(path)
+    finally:
         beside.unlink(missing_ok=True)
-        raise InputError(f"--output_dir {path.parent}: cannot write {path.name} ({error}); the rest is kept, run the "
-                         "same command again to go on.") from error  # fmt: skip
 
 
 if __name__ == "__main__":

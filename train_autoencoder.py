@@ -22,7 +22,7 @@ try:
     from noisycond.arguments import DataArguments, LoopArguments, flag, parse_arguments
     from noisycond.data.opening import open_batches, open_training_data
     from noisycond.data.sources import open_source
-    from noisycond.errors import one_sentence_errors, require
+    from noisycond.errors import one_sentence_errors, require, writing
     from noisycond.first_stage import FirstStage
     from noisycond.processes import on_main
     from noisycond.randomness import Purpose
@@ -117,6 +117,24 @@ def draw_reconstructions(first_stage: FirstStage, images, path: Path) -> None:
     pictures.image_grid([image for row in rows for image in row], 16, scale=2).save(path)
 
 
+def export(model: AutoencoderKL | VQModel, args: AutoencoderArguments, run: RunFolder, images, held_out) -> None:
+    """Writes what a run leaves behind: the autoencoder with its scaling factor, PSNR, reconstructions, loss curve."""
+    first_stage = FirstStage(model, args.seed)
+    model.register_to_config(scaling_factor=round(1.0 / latent_std(first_stage, images), 5))
+    with writing(f"--output_dir {run.path}", "the autoencoder (its last checkpoint is whole)"):
+        model.save_pretrained(run.path)  # before the measuring, which may take long
+        psnr = reconstruction_psnr(first_stage, held_out)
+        draw_reconstructions(first_stage, held_out, run.samples / "final.png")
+        pictures.plot_loss(run.read_log(), run.path / "loss.png")
+        figures = {"psnr_db": round(psnr, 2), "images": len(held_out), "split": args.validation_split or "train"}
+        figures["scaling_factor"] = first_stage.scaling_factor
+        write_atomically(run.path / "reconstruction.json", json.dumps(figures, indent=2) + "\n")
+    print(
+        f"\nPSNR {psnr:.2f} dB on {len(held_out)} {'held-out' if args.validation_split else 'training'} images, "
+        f"scaling factor {first_stage.scaling_factor}.\nUse it with --pretrained_vae_model_name_or_path {run.path}"
+    )
+
+
 @one_sentence_errors
 def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(AutoencoderArguments, argv, default_recipe="digits_kl")
@@ -149,20 +167,8 @@ def main(argv: list[str] | None = None) -> None:
         resume_from=resume_from,
         validate=validate,
     )
-    if result.stopped_by is None and accelerator.is_main_process:
-        first_stage = FirstStage(model.model, args.seed)
-        model.model.register_to_config(scaling_factor=round(1.0 / latent_std(first_stage, data.images), 5))
-        model.model.save_pretrained(run.path)  # before the measuring, which may take long
-        psnr = reconstruction_psnr(first_stage, held_out)
-        draw_reconstructions(first_stage, held_out, run.samples / "final.png")
-        pictures.plot_loss(run.read_log(), run.path / "loss.png")
-        figures = {"psnr_db": round(psnr, 2), "images": len(held_out), "split": args.validation_split or "train"}
-        figures["scaling_factor"] = first_stage.scaling_factor
-        write_atomically(run.path / "reconstruction.json", json.dumps(figures, indent=2) + "\n")
-        print(
-            f"\nPSNR {psnr:.2f} dB on {len(held_out)} {'held-out' if args.validation_split else 'training'} images, "
-            f"scaling factor {first_stage.scaling_factor}.\nUse it with --pretrained_vae_model_name_or_path {run.path}"
-        )
+    if result.stopped_by is None:
+        on_main(accelerator, lambda: export(model.model, args, run, data.images, held_out))
     trainer.finish(accelerator, result, run)
 
 

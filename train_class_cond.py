@@ -147,8 +147,6 @@ def draw_samples(pipeline, args: ClassCondArguments, num_classes: int, path: Pat
 def export(pipeline, args: ClassCondArguments, run: RunFolder, class_names: list[str], result, dataset: str) -> None:
     """Writes what a run leaves behind: pipeline, card, sample grid, loss curve, corruption counts."""
     draw_samples(pipeline, args, len(class_names), run.samples / "final.png")
-    pictures.plot_loss(run.read_log(), run.path / "loss.png")
-    (run.path / "corruption.json").write_text(json.dumps(result.totals["corruption"], indent=2) + "\n")
     settings = {
         "dataset": dataset,
         "denoiser": args.denoiser,
@@ -162,6 +160,8 @@ def export(pipeline, args: ClassCondArguments, run: RunFolder, class_names: list
     }
     card = model_card(f"{args.denoiser} on {dataset}", settings, class_names, "samples/final.png")
     with writing(f"--output_dir {run.path}", "the pipeline (its last checkpoint is whole)"):
+        pictures.plot_loss(run.read_log(), run.path / "loss.png")
+        (run.path / "corruption.json").write_text(json.dumps(result.totals["corruption"], indent=2) + "\n")
         export_pipeline(pipeline, run.path, class_names, card)
     print(
         f"\nSamples: {run.samples / 'final.png'}\nLoss curve: {run.path / 'loss.png'}\nPipeline: {run.path}\n\n"

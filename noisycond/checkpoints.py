@@ -66,8 +66,8 @@ def save(
     except InputError as error:
         if accelerator.is_main_process:
             shutil.rmtree(making, ignore_errors=True)
-        kept = [path.name for path in all_in(output_dir) if problem_with(path) is None]
-        saved = f"{kept[-1]} is whole, continue with --resume_from_checkpoint latest." if kept else "None is saved."
+        kept = newest_whole(output_dir)
+        saved = f"{kept.name} is whole, continue with --resume_from_checkpoint latest." if kept else "None is saved."
         raise InputError(f"{error} {saved}") from error
     if accelerator.is_main_process and limit is not None:
         # Those of later steps come first: they were passed over or left behind when the run went back.
@@ -127,6 +127,16 @@ def problem_with(path: Path) -> str | None:
     return None
 
 
+def newest_whole(output_dir: Path) -> Path | None:
+    """The newest checkpoint without a problem, or None; damaged ones that are newer are named in the log."""
+    for path in reversed(all_in(output_dir)):
+        problem = problem_with(path)
+        if problem is None:
+            return path
+        logger.warning("Passing over the damaged %s: %s.", path, problem)
+    return None
+
+
 def find(output_dir: Path, wanted: str, accelerator: Accelerator) -> Path | None:
     """The checkpoint that `--resume_from_checkpoint` names, verified by the main process for all.
 
@@ -144,15 +154,10 @@ def find(output_dir: Path, wanted: str, accelerator: Accelerator) -> Path | None
 
 def _find(output_dir: Path, wanted: str) -> Path | None:
     if wanted == "latest":
-        candidates = all_in(output_dir)
-        for path in reversed(candidates):
-            problem = problem_with(path)
-            if problem is None:
-                return path
-            logger.warning("Passing over the damaged %s: %s.", path, problem)
-        if candidates:
+        newest = newest_whole(output_dir)
+        if newest is None and all_in(output_dir):
             raise InputError(f"--resume_from_checkpoint latest: every checkpoint in {output_dir} is damaged.")
-        return None
+        return newest
     # As in the Diffusers scripts, a bare name stands for a checkpoint in the output folder.
     path = Path(wanted) if Path(wanted).is_dir() else output_dir / wanted
     if not path.is_dir():

@@ -63,8 +63,15 @@ MAY_CHANGE = {
     "max_train_steps",
 }
 # What runs and their exports write, beside checkpoints and the trackers' folder.
-OWNED = ("run.json", "log.jsonl", "loss.png", "samples", "corruption.json", "corruption_map.csv", "README.md") + (
+OWNED = (
+    "run.json",
+    "log.jsonl",
+    "loss.png",
+    "samples",
+    "corruption.json",
+    "corruption_map.csv",
     "reconstruction.json",
+    "README.md",
     "model_index.json",
     "config.json",
     "diffusion_pytorch_model.safetensors",

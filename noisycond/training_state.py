@@ -141,13 +141,11 @@ class TrainingState:
         if self.accelerator.is_main_process:
             logger.warning("Skipping a step: the loss is %s and the gradient norm %s.", loss, grad_norm)
         if self.progress.nonfinite_steps >= self.args.max_nonfinite_steps:
-            last = [
-                path for path in checkpoints.all_in(Path(self.args.output_dir)) if not checkpoints.problem_with(path)
-            ]
+            last = checkpoints.newest_whole(Path(self.args.output_dir))
             raise InputError(
                 f"{self.progress.nonfinite_steps} losses in a row were not finite (--max_nonfinite_steps), after step "
                 f"{self.progress.step}: lower --learning_rate or --max_grad_norm"
-                + (f"; {last[-1].name} is from before." if last else ".")
+                + (f"; {last.name} is from before." if last else ".")
             )
 
     def totals(self) -> dict[str, dict]:
