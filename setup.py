@@ -42,7 +42,9 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.11",
-    packages=find_packages(include=["noisycond", "noisycond.*"]),
+    packages=[*find_packages(include=["noisycond", "noisycond.*"]), "noisycond.pipelines"],
+    # pipelines/ stands at the root of the checkout, where people look for it, and is installed below noisycond.
+    package_dir={"noisycond.pipelines": "pipelines"},
     package_data={"noisycond": ["data/first_stages/*/*"]},
     install_requires=INSTALL_REQUIRES,
     extras_require=EXTRAS,

@@ -30,7 +30,7 @@ try:
     from noisycond.data.opening import open_batches, open_training_data
     from noisycond.denoisers import build_denoiser, find_denoiser
     from noisycond.errors import InputError, one_sentence_errors, require, writing
-    from noisycond.export import dit_pipeline, export_pipeline, model_card, sampling_scheduler
+    from noisycond.export import class_pipeline, export_pipeline, model_card, sampling_scheduler
     from noisycond.first_stage import open_first_stage
     from noisycond.objective import DiffusionObjective, make_betas
     from noisycond.perturbation import ConditionEmbeddingPerturbation
@@ -50,8 +50,8 @@ class ClassCondArguments(
     ObjectiveArguments,
     LoopArguments,
 ):
-    denoiser: str = flag("dit-mini", "A preset (dit-xl-2, dit-l-2, dit-b-2, dit-s-2, dit-mini), a config JSON, or a "
-                         "pretrained folder or Hub id to continue from.")  # fmt: skip
+    denoiser: str = flag("dit-mini", "A preset (ldm-4, ldm-mini, dit-xl-2, dit-l-2, dit-b-2, dit-s-2, dit-mini), a "
+                         "config JSON, or a pretrained folder or Hub id to continue from.")  # fmt: skip
     gradient_checkpointing: bool = flag(False, "Recompute activations in the backward pass to save memory.")
     enable_xformers_memory_efficient_attention: bool = flag(False, "Use the attention of xformers.")
     validation_guidance_scale: float = flag(4.0, "Guidance scale of the sample grids.")
@@ -231,7 +231,7 @@ def main(argv: list[str] | None = None) -> None:
     trainer.announce(args, accelerator, data.images, denoiser, batches)
 
     def pipeline():
-        return dit_pipeline(denoiser, first_stage, sampling_scheduler(objective, noise_schedule))
+        return class_pipeline(denoiser, first_stage, sampling_scheduler(objective, noise_schedule))
 
     result = trainer.fit(
         denoiser,

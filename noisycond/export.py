@@ -9,8 +9,10 @@ from diffusers import DDIMScheduler, DiffusionPipeline, DiTPipeline
 from huggingface_hub import ModelCard, ModelCardData
 
 from noisycond.denoisers import ConditionalDenoiser
+from noisycond.denoisers.dit import DiTBackbone
 from noisycond.first_stage import FirstStage
 from noisycond.objective import DiffusionObjective
+from noisycond.pipelines import LDMClassToImagePipeline
 
 
 def sampling_scheduler(objective: DiffusionObjective, noise_schedule: dict) -> DDIMScheduler:
@@ -27,10 +29,16 @@ def sampling_scheduler(objective: DiffusionObjective, noise_schedule: dict) -> D
     )
 
 
-def dit_pipeline(denoiser: ConditionalDenoiser, first_stage: FirstStage, scheduler: DDIMScheduler) -> DiTPipeline:
-    """The stock pipeline of a DiT with the weights it has now."""
-    transformer = denoiser.backbone.export(denoiser.encoder.table.weight)
-    pipeline = DiTPipeline(transformer, first_stage.model, scheduler)
+def class_pipeline(
+    denoiser: ConditionalDenoiser, first_stage: FirstStage, scheduler: DDIMScheduler
+) -> DiTPipeline | LDMClassToImagePipeline:
+    """The pipeline of a class-conditional denoiser with the weights it has now: stock for a DiT, ours for a U-Net."""
+    exported = denoiser.backbone.export(denoiser.encoder.table.weight)
+    if isinstance(denoiser.backbone, DiTBackbone):
+        pipeline = DiTPipeline(exported, first_stage.model, scheduler)
+    else:
+        unet, class_embedder = exported
+        pipeline = LDMClassToImagePipeline(unet, class_embedder, scheduler, first_stage.model)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(first_stage.model.device)
 

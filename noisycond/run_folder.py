@@ -76,8 +76,12 @@ OWNED = (
     "config.json",
     "diffusion_pytorch_model.safetensors",
     "transformer",
+    "unet",
+    "class_embedder",
     "vae",
+    "vqvae",
     "scheduler",
+    "ldm_class_to_image.py",
     ".export.tmp",
 )
 
@@ -139,7 +143,7 @@ class RunFolder:
         settings = {
             "script": script,
             "arguments": dataclasses.asdict(args),
-            "facts": facts,
+            "facts": json.loads(json.dumps(facts)),  # as an earlier run's are read back
             "versions": {name: _version(name) for name in PACKAGES} | {"python": platform.python_version()},
         }
         earlier = (resume_from.parent if resume_from else self.path) / self.settings_file.name

@@ -20,6 +20,7 @@ class ClassEncoder(nn.Module):
         embedding_dropout: probability of the embedding-dropout baseline.
         label_smoothing: share of the mean class embedding in every class embedding (not in the null embedding).
         seed: seed of the dropout.
+        std: standard deviation of the initial embeddings; DiT starts at 0.02, LDM at 1.
     """
 
     def __init__(
@@ -29,10 +30,11 @@ class ClassEncoder(nn.Module):
         embedding_dropout: float = 0.0,
         label_smoothing: float = 0.0,
         seed: int = 0,
+        std: float = 0.02,
     ):
         super().__init__()
         self.table = nn.Embedding(num_classes + 1, dim)
-        nn.init.normal_(self.table.weight, std=0.02)
+        nn.init.normal_(self.table.weight, std=std)
         self.num_classes = num_classes
         self.embedding_dropout, self.label_smoothing, self.seed = embedding_dropout, label_smoothing, seed
 

@@ -11,7 +11,7 @@ from diffusers import DiTTransformer2DModel
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from torch import nn
 
-from noisycond.errors import InputError
+from noisycond.errors import InputError, require
 
 
 # `DiTPipeline` asks for this row when it guides, whatever the number of classes.
@@ -32,6 +32,14 @@ class DiTBackbone(nn.Module):
         config: the arguments of `DiTTransformer2DModel`; `num_embeds_ada_norm` is not used.
     """
 
+    model_class = DiTTransformer2DModel
+    # `facebook/DiT-XL-2-256` still goes by the class's first name.
+    known_as = ("DiTTransformer2DModel", "Transformer2DModel")
+    subfolder = "transformer"
+    fits_any_size = False
+    can_learn_variance = True
+    embedding_std = 0.02
+
     def __init__(self, **config):
         super().__init__()
         # One class is enough: the blocks' own embeddings are thrown away.
@@ -42,6 +50,17 @@ class DiTBackbone(nn.Module):
         for block in self.model.transformer_blocks:
             block.norm1.emb = _Conditioning()
         self.initialize()
+
+    @staticmethod
+    def check(config: dict, latent_size: int, num_classes: int) -> None:
+        """Raises InputError where the patches do not fit the latents, or the stock pipeline cannot hold the classes."""
+        check_exportable(num_classes)
+        patch_size = config.get("patch_size", 2)
+        require(
+            latent_size % patch_size == 0,
+            f"--resolution: the latents are {latent_size} pixels wide, which is no multiple of the denoiser's patch "
+            f"size {patch_size}.",
+        )
 
     @property
     def dim(self) -> int:
@@ -102,6 +121,11 @@ class DiTBackbone(nn.Module):
         model.load_state_dict(state, strict=True, assign=True)
         model.pos_embed.pos_embed = self.model.pos_embed.pos_embed.detach().float().cpu().clone()
         return model.eval()
+
+    def load(self, folder: str, subfolder: str | None, num_classes: int) -> torch.Tensor:
+        """Takes the weights of a pretrained stock model (a folder or Hub id); see [`DiTBackbone.load_stock`]."""
+        options = {} if subfolder is None else {"subfolder": subfolder}
+        return self.load_stock(DiTTransformer2DModel.from_pretrained(folder, **options), num_classes)
 
     def load_stock(self, model: DiTTransformer2DModel, num_classes: int) -> torch.Tensor:
         """Takes the weights of a stock model whose blocks all hold the same embedding.

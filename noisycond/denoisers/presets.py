@@ -1,20 +1,18 @@
-"""Names to architectures: the registry that `--denoiser` reads, configuration files and pretrained folders.
-
-Letters: K classes, C latent channels, S the latent size.
-"""
+"""Names to architectures: the registry that `--denoiser` reads, configuration files and pretrained folders."""
 
 import inspect
 import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import torch
-from diffusers import DDIMScheduler, DiffusionPipeline, DiTTransformer2DModel
+from diffusers import DDIMScheduler, DiffusionPipeline
 
-from noisycond.denoisers.conditional import ClassEncoder, ConditionalDenoiser
-from noisycond.denoisers.dit import DiTBackbone, check_exportable
+from noisycond.denoisers.dit import DiTBackbone
+from noisycond.denoisers.unet import UNetBackbone
 from noisycond.errors import InputError, closest
-from noisycond.perturbation import ConditionEmbeddingPerturbation
+
+
+BACKBONES = (DiTBackbone, UNetBackbone)
 
 
 @dataclass(frozen=True)
@@ -23,16 +21,21 @@ class Preset:
 
     Attributes:
         config: arguments of the diffusers model, without what the first stage decides (channels and size).
-        learned_variance: whether the model predicts a variance too, in C more channels.
+        backbone: the module that holds the diffusers model.
+        learned_variance: whether the model predicts a variance too, in as many channels more.
         beta_schedule, beta_start, beta_end: as diffusers' schedulers name them.
+        latent_channels, factor: of the first stage that the paper trains it with.
         prediction_type: what pretrained weights predict; None leaves the choice.
     """
 
     config: dict = field(default_factory=dict)
+    backbone: type[DiTBackbone] | type[UNetBackbone] = DiTBackbone
     learned_variance: bool = True
     beta_schedule: str = "linear"
     beta_start: float = 0.0001
     beta_end: float = 0.02
+    latent_channels: int = 4
+    factor: int = 8
     prediction_type: str | None = None
 
 
@@ -45,13 +48,32 @@ def _dit(layers: int, width: int, heads: int, patch_size: int = 2) -> dict:
     }
 
 
-# Table 1 of arXiv:2212.09748. The miniature is ours.
+def _ldm(widths: tuple[int, ...], dim: int, blocks_per_level: int, attention_heads: int, **others) -> Preset:
+    """A U-Net that attends on every level but the first (arXiv:2112.10752), with its noise schedule and first stage."""
+    attending = len(widths) - 1
+    config = {
+        "block_out_channels": widths,
+        "down_block_types": ("DownBlock2D",) + ("CrossAttnDownBlock2D",) * attending,
+        "up_block_types": ("CrossAttnUpBlock2D",) * attending + ("UpBlock2D",),
+        "layers_per_block": blocks_per_level,
+        "cross_attention_dim": dim,
+        "attention_head_dim": attention_heads,  # diffusers' name for the number of heads
+        **others,
+    }
+    schedule = {"beta_schedule": "scaled_linear", "beta_start": 0.0015, "beta_end": 0.0195}
+    return Preset(config, UNetBackbone, learned_variance=False, latent_channels=3, factor=4, **schedule)
+
+
+# DiT: Table 1 of arXiv:2212.09748. LDM-4: the class-conditional ImageNet model of arXiv:2112.10752 in its public
+# configuration. The miniatures are ours.
 PRESETS: dict[str, Preset] = {
     "dit-xl-2": Preset(_dit(28, 1152, 16)),
     "dit-l-2": Preset(_dit(24, 1024, 16)),
     "dit-b-2": Preset(_dit(12, 768, 12)),
     "dit-s-2": Preset(_dit(12, 384, 6)),
-    "dit-mini": Preset(_dit(4, 128, 4), learned_variance=False),
+    "dit-mini": Preset(_dit(4, 128, 4), learned_variance=False, factor=4),
+    "ldm-4": _ldm((192, 384, 576, 960), dim=512, blocks_per_level=2, attention_heads=1),
+    "ldm-mini": _ldm((32, 64, 64), dim=64, blocks_per_level=1, attention_heads=1, norm_num_groups=16),
 }
 
 
@@ -72,7 +94,7 @@ class DenoiserSource:
 
 
 def find_denoiser(name: str) -> DenoiserSource:
-    """A preset by name, a configuration file (JSON), or a pretrained folder or Hub id of a DiT or its pipeline.
+    """A preset by name, a configuration file (JSON), or a pretrained folder or Hub id of a model or its pipeline.
 
     Raises:
         InputError: none of these, or a configuration this trainer cannot train.
@@ -87,15 +109,16 @@ def find_denoiser(name: str) -> DenoiserSource:
             f"--denoiser {name}: neither a preset ({', '.join(PRESETS)}) nor a JSON file or folder"
             f"{closest(name, PRESETS)}."
         )
-    for subfolder in ("transformer", None):
+    for subfolder in (*(backbone.subfolder for backbone in BACKBONES), None):
         options = {} if subfolder is None else {"subfolder": subfolder}
         try:
-            config = DiTTransformer2DModel.load_config(name, **options)
+            config = DiTBackbone.model_class.load_config(name, **options)
         except OSError:
             continue
         preset = _with_noise_schedule(_preset_from_config(name, config), name)
         return DenoiserSource(preset, name, subfolder, _id2label(name))
-    raise InputError(f"--denoiser {name}: found no configuration of a DiTTransformer2DModel there.")
+    models = " or ".join(backbone.model_class.__name__ for backbone in BACKBONES)
+    raise InputError(f"--denoiser {name}: found no configuration of a {models} there.")
 
 
 def _read_json(path: str) -> dict:
@@ -109,25 +132,34 @@ def _read_json(path: str) -> dict:
 
 
 def _preset_from_config(name: str, config: dict) -> Preset:
-    class_name = config.get("_class_name", "DiTTransformer2DModel")
-    # `facebook/DiT-XL-2-256` still goes by the class's first name.
-    if class_name not in ("DiTTransformer2DModel", "Transformer2DModel"):
-        raise InputError(f"--denoiser {name}: a {class_name} cannot be trained here, only a DiTTransformer2DModel.")
-    known = set(inspect.signature(DiTTransformer2DModel).parameters)
+    class_name = config.get("_class_name", DiTBackbone.known_as[0])
+    backbone = next((backbone for backbone in BACKBONES if class_name in backbone.known_as), None)
+    if backbone is None:
+        models = " or a ".join(backbone.model_class.__name__ for backbone in BACKBONES)
+        raise InputError(f"--denoiser {name}: a {class_name} cannot be trained here, only a {models}.")
+    known = set(inspect.signature(backbone.model_class).parameters)
     unknown = sorted(key for key in config if not key.startswith("_") and key not in known)
-    if unknown and class_name == "DiTTransformer2DModel":
+    if unknown and class_name == backbone.model_class.__name__:
         raise InputError(f"--denoiser {name}: unknown key {unknown[0]!r}{closest(unknown[0], known)}.")
+    learned_variance = _learns_variance(name, config, backbone)
+    kept = {key: value for key, value in config.items() if key in known and key != "out_channels"}
+    if backbone is UNetBackbone:  # a U-Net's noise schedule and first stage, where the pipeline states none
+        return replace(PRESETS["ldm-4"], config=kept)
+    return Preset(kept, backbone, learned_variance)
+
+
+def _learns_variance(name: str, config: dict, backbone: type) -> bool:
     channels, out_channels = config.get("in_channels"), config.get("out_channels")
     if channels is None and out_channels is not None:
         raise InputError(f"--denoiser {name}: it has out_channels, {out_channels}, but no in_channels; give both.")
     out_channels = out_channels or channels
-    if channels is not None and out_channels not in (channels, 2 * channels):
+    allowed = (channels, 2 * channels) if channels and backbone.can_learn_variance else (channels,)
+    if out_channels not in allowed:
         raise InputError(
-            f"--denoiser {name}: out_channels is {out_channels}, but must equal in_channels ({channels}) or twice "
-            "that (a learned variance)."
+            f"--denoiser {name}: out_channels is {out_channels}, but must equal in_channels ({channels})"
+            + (" or twice that (a learned variance)." if backbone.can_learn_variance else ".")
         )
-    kept = {key: value for key, value in config.items() if key in known and key != "out_channels"}
-    return Preset(kept, learned_variance=channels is not None and out_channels == 2 * channels)
+    return channels is not None and out_channels == 2 * channels
 
 
 def _with_noise_schedule(preset: Preset, name: str) -> Preset:
@@ -146,72 +178,3 @@ def _id2label(name: str) -> dict[int, str] | None:
     except OSError:
         return None
     return {int(label): title for label, title in names.items()} if isinstance(names, dict) else None
-
-
-def build_denoiser(
-    source: DenoiserSource,
-    *,
-    class_names: list[str],
-    latent_channels: int,
-    latent_size: int,
-    perturbation: ConditionEmbeddingPerturbation | None = None,
-    fixed_perturbation: bool = False,
-    perturb_null: bool = True,
-    embedding_dropout: float = 0.0,
-    label_smoothing: float = 0.0,
-    seed: int = 0,
-) -> ConditionalDenoiser:
-    """The denoiser to train.
-
-    Args:
-        source: from [`find_denoiser`].
-        class_names: K names.
-        latent_channels: C; latent_size: S.
-        The others go to [`ConditionalDenoiser`] and [`ClassEncoder`].
-
-    Raises:
-        InputError: the latent size is not a multiple of the patch size, a configuration or pretrained model has other
-            channels, size or classes, or there are more classes than its pipeline can hold.
-    """
-    check_exportable(len(class_names))
-    config = dict(source.preset.config)
-    for key, value, what in (("in_channels", latent_channels, "channels"), ("sample_size", latent_size, "size")):
-        if config.get(key, value) != value:
-            raise InputError(
-                f"--denoiser: its configuration has {key} {config[key]}, but the latents of this first stage and "
-                f"--resolution have {what} {value}."
-            )
-        config[key] = value
-    if latent_size % config.get("patch_size", 2):
-        raise InputError(
-            f"--resolution: the latents are {latent_size} pixels wide, which is no multiple of the denoiser's patch "
-            f"size {config.get('patch_size', 2)}."
-        )
-    config["out_channels"] = latent_channels * (2 if source.preset.learned_variance else 1)
-    try:
-        backbone = DiTBackbone(**config)
-    except (TypeError, ValueError, NotImplementedError, RuntimeError) as error:
-        raise InputError(f"--denoiser: diffusers cannot build it ({' '.join(str(error).split())}).") from error
-    encoder = ClassEncoder(len(class_names), backbone.dim, embedding_dropout, label_smoothing, seed)
-    if source.folder is not None:
-        _load_pretrained(source, backbone, encoder, class_names)
-    return ConditionalDenoiser(encoder, backbone, perturbation, fixed_perturbation, perturb_null)
-
-
-def _load_pretrained(source: DenoiserSource, backbone: DiTBackbone, encoder: ClassEncoder, class_names: list[str]):
-    if source.id2label is not None:
-        theirs = [source.id2label.get(label) for label in range(len(class_names))]
-        if theirs != class_names or len(source.id2label) != len(class_names):
-            raise InputError(
-                f"--denoiser {source.folder}: it was trained on other classes ({len(source.id2label)}: "
-                f"{', '.join(map(str, list(source.id2label.values())[:5]))}, …) than the dataset has "
-                f"({len(class_names)}: {', '.join(class_names[:5])}, …)."
-            )
-    options = {} if source.subfolder is None else {"subfolder": source.subfolder}
-    try:
-        stock = DiTTransformer2DModel.from_pretrained(source.folder, **options)
-    except (OSError, ValueError) as error:
-        raise InputError(f"--denoiser {source.folder}: cannot be loaded ({' '.join(str(error).split())}).") from error
-    table = backbone.load_stock(stock, len(class_names))
-    with torch.no_grad():
-        encoder.table.weight.copy_(table)

@@ -12,7 +12,7 @@ import torch
 from diffusers import DiffusionPipeline, DiTPipeline
 
 from noisycond.denoisers import build_denoiser, find_denoiser
-from noisycond.export import dit_pipeline, export_pipeline, sampling_scheduler
+from noisycond.export import class_pipeline, export_pipeline, sampling_scheduler
 from noisycond.first_stage import open_first_stage
 from noisycond.objective import DiffusionObjective, make_betas
 
@@ -54,7 +54,7 @@ def make(kind: str, learned_variance: bool, tmp_path, prediction_type: str = "ep
     schedule = {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02}
     objective = DiffusionObjective(make_betas(*schedule.values(), 1000), prediction_type)
     scheduler = sampling_scheduler(objective, schedule)
-    return denoiser.eval(), first_stage, scheduler, dit_pipeline(denoiser, first_stage, scheduler)
+    return denoiser.eval(), first_stage, scheduler, class_pipeline(denoiser, first_stage, scheduler)
 
 
 def digest(pipeline, **options) -> str:

@@ -1,0 +1,367 @@
+# Copyright 2026 The noisycond authors. Licensed under the Apache License, Version 2.0.
+"""Class label to image by latent diffusion (LDM-4 of arXiv:2112.10752): a U-Net that attends to a class embedding.
+
+This file stands alone: it needs torch and diffusers, and travels with every exported pipeline.
+Letters: N images, K classes, C latent channels, h × w their size, D the embedding dimension.
+"""
+
+import inspect
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel, VQModel
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
+from diffusers.schedulers import KarrasDiffusionSchedulers
+from diffusers.utils import logging
+from diffusers.utils.torch_utils import randn_tensor
+from huggingface_hub import hf_hub_download, snapshot_download
+from safetensors.torch import load_file
+
+
+logger = logging.get_logger(__name__)
+MODULE = "ldm_class_to_image"  # the name of this file wherever it travels
+HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "token")
+
+
+class ClassEmbedder(ModelMixin, ConfigMixin):
+    """A learned embedding per class, with the null class, which stands for "no condition", in the last row.
+
+    Args:
+        num_classes: K; the table has K + 1 rows.
+        embed_dim: D, the `cross_attention_dim` of the U-Net.
+    """
+
+    @register_to_config
+    def __init__(self, num_classes: int = 1000, embed_dim: int = 512):
+        super().__init__()
+        self.embedding = torch.nn.Embedding(num_classes + 1, embed_dim)
+
+    @property
+    def null_class(self) -> int:
+        """The label of an image without a condition."""
+        return self.config.num_classes
+
+    def forward(self, class_labels: torch.LongTensor) -> torch.Tensor:
+        """Labels int64 [N] in [0, K] to a sequence of one token each: [N, 1, D]."""
+        return self.embedding(class_labels)[:, None]
+
+    @classmethod
+    def from_table(cls, table: torch.Tensor) -> "ClassEmbedder":
+        """An embedder that holds this table [K + 1, D], null embedding last."""
+        embedder = cls(len(table) - 1, table.shape[1])
+        embedder.embedding = torch.nn.Embedding.from_pretrained(table.detach().clone(), freeze=False)
+        return embedder.eval()
+
+
+class LDMClassToImagePipeline(DiffusionPipeline):
+    r"""Pipeline for class-conditional image generation by latent diffusion.
+
+    Loads its own exports, and the folders `ldm_in1k_*` that the authors of arXiv:2405.20494 released, see
+    [`LDMClassToImagePipeline.from_pretrained`]. The superclass documents what all pipelines can do (saving, devices,
+    offloading, attention of xformers).
+
+    Args:
+        unet ([`UNet2DConditionModel`]): denoises latents; attends to the class embedding.
+        class_embedder ([`ClassEmbedder`]): labels to embeddings.
+        scheduler ([`SchedulerMixin`]): any scheduler of diffusers for the U-Net's prediction type.
+        vqvae ([`VQModel`] or [`AutoencoderKL`], *optional*): the first stage; without it only `output_type="latent"`
+            works.
+        id2label (`dict[int, str]`, *optional*): class names.
+    """
+
+    model_cpu_offload_seq = "class_embedder->unet->vqvae"
+    _optional_components = ["vqvae"]
+    _callback_tensor_inputs = ["latents", "class_embeds"]
+
+    def __init__(
+        self,
+        unet: UNet2DConditionModel,
+        class_embedder: ClassEmbedder,
+        scheduler: KarrasDiffusionSchedulers,
+        vqvae: VQModel | AutoencoderKL | None = None,
+        id2label: dict[int, str] | None = None,
+    ):
+        super().__init__()
+        self.register_modules(unet=unet, class_embedder=class_embedder, scheduler=scheduler, vqvae=vqvae)
+        if id2label is not None:
+            self.register_to_config(id2label={str(label): name for label, name in id2label.items()})
+        # Aliases of one class are separated by commas, as in the ImageNet names of `DiTPipeline`.
+        self.labels = {}
+        for label, name in (id2label or {}).items():
+            for alias in str(name).split(","):
+                self.labels.setdefault(alias.strip(), int(label))
+        factor = 2 ** (len(vqvae.config.block_out_channels) - 1) if vqvae is not None else 4
+        self.vae_scale_factor = factor
+        self.image_processor = VaeImageProcessor(vae_scale_factor=factor)
+
+    def get_label_ids(self, label: str | list[str]) -> list[int]:
+        """Class names to labels.
+
+        Raises:
+            ValueError: a name that is no class of this pipeline.
+        """
+        names = [label] if isinstance(label, str) else label
+        for name in names:
+            if name not in self.labels:
+                raise ValueError(f"{name!r} is no class of this pipeline; its classes are {', '.join(self.labels)}.")
+        return [self.labels[name] for name in names]
+
+    @property
+    def guidance_scale(self) -> float:
+        return self._guidance_scale
+
+    @property
+    def do_classifier_free_guidance(self) -> bool:
+        return self._guidance_scale != 1.0
+
+    @property
+    def num_timesteps(self) -> int:
+        return self._num_timesteps
+
+    @property
+    def interrupt(self) -> bool:
+        return self._interrupt
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        class_labels: int | list[int] | torch.LongTensor,
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int = 50,
+        guidance_scale: float = 2.25,
+        num_images_per_prompt: int = 1,
+        eta: float = 0.0,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: torch.Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callable[["LDMClassToImagePipeline", int, int, dict], dict] | None = None,
+        callback_on_step_end_tensor_inputs: list[str] | tuple[str, ...] = ("latents",),
+    ) -> ImagePipelineOutput | tuple:
+        r"""Draws images.
+
+        Args:
+            class_labels: a class per image, in [0, K); K is the null class and gives unconditional images.
+            height, width: of the images in pixels; the default is what the U-Net was trained on.
+            num_inference_steps: denoising steps.
+            guidance_scale: classifier-free guidance (arXiv:2207.12598); 1 is off and halves the cost. The default is
+                the one that the authors of arXiv:2405.20494 sample with.
+            num_images_per_prompt: images per label.
+            eta: η of DDIM (arXiv:2010.02502) in [0, 1]; other schedulers ignore it.
+            generator: one for the whole batch, or one per image: then an image does not depend on its batch.
+            latents: noise of variance 1 [N, C, h, w] to start from, instead of what the generator gives.
+            output_type: `pil`, `np` (float32 [N, H, W, 3] in [0, 1]), `pt` (float [N, 3, H, W] in [0, 1]) or `latent`
+                (scaled latents [N, C, h, w]).
+            return_dict: whether an [`ImagePipelineOutput`] is returned instead of a tuple.
+            callback_on_step_end: called as `callback(pipeline, step, timestep, tensors)` after every step; what it
+                returns replaces the tensors.
+            callback_on_step_end_tensor_inputs: which tensors it gets; of `latents` and `class_embeds`.
+
+        Returns:
+            [`ImagePipelineOutput`], or a tuple whose first element are the images.
+
+        Raises:
+            ValueError: an argument out of range; the message says which.
+
+        Example:
+
+        ```py
+        >>> from diffusers import DiffusionPipeline
+        >>> pipeline = DiffusionPipeline.from_pretrained("PATH_OR_ID", trust_remote_code=True)
+        >>> images = pipeline([207, 360], num_inference_steps=50, guidance_scale=2.25).images
+        ```
+        """
+        labels = self._check_labels(class_labels).repeat_interleave(num_images_per_prompt)
+        factor = self.vae_scale_factor
+        height = height or self._sample_size[0] * factor
+        width = width or self._sample_size[1] * factor
+        self._check_inputs(height, width, output_type, generator, len(labels), callback_on_step_end_tensor_inputs)
+        self._guidance_scale, self._interrupt = guidance_scale, False
+
+        device = self._execution_device
+        class_embeds = self.class_embedder(labels.to(device))
+        if self.do_classifier_free_guidance:
+            null = torch.full_like(labels, self.class_embedder.null_class).to(device)
+            class_embeds = torch.cat([self.class_embedder(null), class_embeds])
+        class_embeds = class_embeds.to(self.unet.dtype)
+
+        self.scheduler.set_timesteps(num_inference_steps, device=device)
+        shape = (len(labels), self.unet.config.in_channels, height // factor, width // factor)
+        latents = self._prepare_latents(latents, shape, generator, device, class_embeds.dtype)
+        known = inspect.signature(self.scheduler.step).parameters
+        options = {"eta": eta, "generator": generator}
+        options = {name: value for name, value in options.items() if name in known}
+
+        timesteps = self.scheduler.timesteps
+        self._num_timesteps = len(timesteps)
+        for step, timestep in enumerate(self.progress_bar(timesteps)):
+            if self._interrupt:
+                continue
+            doubled = torch.cat([latents] * 2) if self.do_classifier_free_guidance else latents
+            doubled = self.scheduler.scale_model_input(doubled, timestep).to(class_embeds.dtype)
+            prediction = self.unet(doubled, timestep, class_embeds, return_dict=False)[0]
+            if self.do_classifier_free_guidance:
+                unconditional, conditional = prediction.chunk(2)
+                prediction = unconditional + guidance_scale * (conditional - unconditional)
+            latents = self.scheduler.step(prediction, timestep, latents, **options, return_dict=False)[0]
+            if callback_on_step_end is not None:
+                tensors = {"latents": latents, "class_embeds": class_embeds}
+                given = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
+                returned = callback_on_step_end(self, step, timestep, given) or {}
+                latents = returned.get("latents", latents)
+                class_embeds = returned.get("class_embeds", class_embeds)
+
+        images = latents if output_type == "latent" else self._decode(latents, output_type)
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    @property
+    def _sample_size(self) -> tuple[int, int]:
+        size = self.unet.config.sample_size
+        return (size, size) if isinstance(size, int) else tuple(size)
+
+    def _check_labels(self, class_labels) -> torch.LongTensor:
+        if isinstance(class_labels, torch.Tensor):
+            labels = class_labels.reshape(-1).cpu()
+        else:
+            labels = torch.as_tensor([class_labels] if isinstance(class_labels, int) else list(class_labels))
+        highest = self.class_embedder.null_class
+        if labels.dtype not in (torch.int64, torch.int32) or not len(labels):
+            raise ValueError("`class_labels` must be one or more integers; for class names see `get_label_ids`.")
+        if labels.min() < 0 or labels.max() > highest:
+            raise ValueError(f"`class_labels` are {labels.tolist()}, but must lie in [0, {highest}] ({highest} is null).")
+        return labels.long()
+
+    def _check_inputs(self, height, width, output_type, generator, count, tensor_inputs) -> None:
+        # Below the first stage the U-Net halves the latents once per level but the last.
+        multiple = self.vae_scale_factor * 2 ** (len(self.unet.config.block_out_channels) - 1)
+        if height % multiple or width % multiple:
+            raise ValueError(f"`height` and `width` are {height} and {width}, but must be multiples of {multiple}.")
+        if output_type not in ("pil", "np", "pt", "latent"):
+            raise ValueError(f"`output_type` is {output_type!r}, but must be 'pil', 'np', 'pt' or 'latent'.")
+        if self.vqvae is None and output_type != "latent":
+            raise ValueError("This pipeline has no first stage (`vqvae`): only `output_type='latent'` works.")
+        if isinstance(generator, list) and len(generator) != count:
+            raise ValueError(f"`generator` is a list of {len(generator)}, but {count} images are asked for.")
+        for name in tensor_inputs:
+            if name not in self._callback_tensor_inputs:
+                raise ValueError(
+                    f"`callback_on_step_end_tensor_inputs` has {name!r}, but knows {self._callback_tensor_inputs}."
+                )
+
+    def _prepare_latents(self, latents, shape, generator, device, dtype) -> torch.Tensor:
+        if latents is None:
+            latents = randn_tensor(shape, generator=generator, device=device, dtype=dtype)
+        elif tuple(latents.shape) != shape:
+            raise ValueError(f"`latents` has the shape {tuple(latents.shape)}, but {shape} is expected.")
+        return latents.to(device, dtype) * self.scheduler.init_noise_sigma
+
+    def _decode(self, latents: torch.Tensor, output_type: str):
+        latents = (1 / self.vqvae.config.scaling_factor * latents).to(self.vqvae.dtype)
+        decoded = self.vqvae.decode(latents, return_dict=False)[0]
+        return self.image_processor.postprocess(decoded, output_type=output_type)
+
+    def save_config(self, save_directory: str | Path, push_to_hub: bool = False, **kwargs) -> None:
+        """Writes `model_index.json` and, beside it, this file: so the folder loads without noisycond, and a pipeline
+        that was loaded from such a folder can be saved again. Called by `save_pretrained`, which wrote the rest."""
+        super().save_config(save_directory, push_to_hub=push_to_hub, **kwargs)
+        folder = Path(save_directory)
+        index_file = folder / self.config_name
+        index = json.loads(index_file.read_text(encoding="utf-8"))
+        index["_class_name"] = [MODULE, type(self).__name__]
+        index["class_embedder"] = [MODULE, type(self.class_embedder).__name__]
+        index_file.write_text(json.dumps(index, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        for target in (folder, folder / "class_embedder"):
+            target.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(__file__, target / f"{MODULE}.py")
+
+    @classmethod
+    def load_config(cls, pretrained_model_name_or_path, **kwargs):
+        """The index without what only other loaders need: names of modules, and the embedder's folder."""
+        loaded = super().load_config(pretrained_model_name_or_path, **kwargs)
+        config = loaded[0] if isinstance(loaded, tuple) else loaded
+        if "unet" in config:
+            config.pop(_embedder_folder(config, pretrained_model_name_or_path), None)
+            config["_class_name"] = cls.__name__
+        return loaded
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs) -> "LDMClassToImagePipeline":
+        """Opens an export of noisycond, or a checkpoint in the layout of `DiffusionNoise/ldm_in1k_*`.
+
+        The class embedder is found by the class that `model_index.json` declares for it (`ClassEmbedder`), whatever
+        its folder is called, and the table by its shape. A first stage whose configuration states no scaling factor
+        gets 1: LDM-4 uses its latents as they are, while diffusers would fill in 0.18215. What is used is logged.
+
+        Args:
+            pretrained_model_name_or_path: a folder or a Hub id.
+            scaling_factor (`float`, *optional*): of the first stage, instead of the configuration's.
+            The others are those of [`DiffusionPipeline.from_pretrained`].
+
+        Raises:
+            ValueError, OSError: a piece is missing; the message says which.
+        """
+        scaling_factor = kwargs.pop("scaling_factor", None)
+        folder = _local_folder(str(pretrained_model_name_or_path), kwargs)
+        if "class_embedder" not in kwargs:
+            index = json.loads((folder / cls.config_name).read_text(encoding="utf-8"))
+            embedder = _read_embedder(folder / _embedder_folder(index, folder))
+            dtype = kwargs.get("dtype", kwargs.get("torch_dtype"))
+            kwargs["class_embedder"] = embedder.to(dtype) if isinstance(dtype, torch.dtype) else embedder
+        pipeline = super().from_pretrained(folder, **kwargs)
+        pipeline.register_to_config(_name_or_path=str(pretrained_model_name_or_path))
+        if pipeline.vqvae is not None and "vqvae" not in kwargs:
+            is_own = json.loads((folder / cls.config_name).read_text(encoding="utf-8"))["_class_name"] != cls.__name__
+            _set_scaling_factor(pipeline.vqvae, folder / "vqvae" / "config.json", scaling_factor, quiet=is_own)
+        return pipeline
+
+
+def _local_folder(name: str, kwargs: dict) -> Path:
+    """The folder, downloaded where the name is a Hub id: of every component its files, nothing else."""
+    if Path(name).is_dir():
+        return Path(name)
+    options = {option: kwargs[option] for option in HUB_OPTIONS if option in kwargs}
+    index_file = hf_hub_download(name, DiffusionPipeline.config_name, **options)
+    index = json.loads(Path(index_file).read_text(encoding="utf-8"))
+    components = [key for key, value in index.items() if isinstance(value, list) and key != "_class_name"]
+    patterns = [DiffusionPipeline.config_name, *(f"{component}/*" for component in components)]
+    return Path(snapshot_download(name, allow_patterns=patterns, **options))
+
+
+def _embedder_folder(index: dict, where: str | Path) -> str:
+    """The component whose declared class is `ClassEmbedder`."""
+    for name, value in index.items():
+        if isinstance(value, (list, tuple)) and len(value) == 2 and value[1] == ClassEmbedder.__name__:
+            return name
+    raise ValueError(
+        f"{where}: {DiffusionPipeline.config_name} declares no component of the class {ClassEmbedder.__name__}, so this "
+        "is no class-conditional latent diffusion model."
+    )
+
+
+def _read_embedder(folder: Path) -> ClassEmbedder:
+    """The embedder of a folder, whatever its parameter is called: it holds one table."""
+    files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
+    if not files:
+        raise OSError(f"{folder}: the class embedder's weights are missing (a .safetensors or .bin file).")
+    read = load_file if files[0].suffix == ".safetensors" else lambda file: torch.load(file, weights_only=True)
+    tables = [tensor for tensor in read(files[0]).values() if tensor.dim() == 2]
+    if len(tables) != 1:
+        raise ValueError(f"{files[0]}: expected one table [classes + 1, dimension], but found {len(tables)}.")
+    return ClassEmbedder.from_table(tables[0].float())
+
+
+def _set_scaling_factor(vqvae, config_file: Path, wanted: float | None, quiet: bool) -> None:
+    stated = json.loads(config_file.read_text(encoding="utf-8")).get("scaling_factor")
+    used = next((value for value in (wanted, stated) if value is not None), 1.0)
+    vqvae.register_to_config(scaling_factor=used)
+    source = "as asked" if wanted is not None else "of its configuration" if stated is not None else "as none is stated"
+    log = logger.info if quiet else logger.warning
+    log(f"The first stage's scaling factor is {used} ({source}).")
