@@ -21,7 +21,7 @@ def build(channels: int = 4, learned_variance: bool = False, randomize: bool = T
     """A small denoiser; its weights are moved away from the start, where it would predict 0 whatever it is given."""
     torch.manual_seed(0)
     options = {"class_names": NAMES, "latent_channels": channels, "latent_size": 8} | options
-    denoiser = build_denoiser(DenoiserSource(Preset(TINY, learned_variance)), **options)
+    denoiser = build_denoiser(DenoiserSource(Preset(TINY, learned_variance=learned_variance)), **options)
     if randomize:
         move(denoiser)
     return denoiser
