@@ -236,7 +236,9 @@ class LDMClassToImagePipeline(DiffusionPipeline):
         if labels.dtype not in (torch.int64, torch.int32) or not len(labels):
             raise ValueError("`class_labels` must be one or more integers; for class names see `get_label_ids`.")
         if labels.min() < 0 or labels.max() > highest:
-            raise ValueError(f"`class_labels` are {labels.tolist()}, but must lie in [0, {highest}] ({highest} is null).")
+            raise ValueError(
+                f"`class_labels` are {labels.tolist()}, but must lie in [0, {highest}] ({highest} is null)."
+            )
         return labels.long()
 
     def _check_inputs(self, height, width, output_type, generator, count, tensor_inputs) -> None:
@@ -362,6 +364,8 @@ def _set_scaling_factor(vqvae, config_file: Path, wanted: float | None, quiet: b
     stated = json.loads(config_file.read_text(encoding="utf-8")).get("scaling_factor")
     used = next((value for value in (wanted, stated) if value is not None), 1.0)
     vqvae.register_to_config(scaling_factor=used)
-    source = "as asked" if wanted is not None else "of its configuration" if stated is not None else "as none is stated"
+    source = (
+        "as asked" if wanted is not None else "of its configuration" if stated is not None else "as none is stated"
+    )
     log = logger.info if quiet else logger.warning
     log(f"The first stage's scaling factor is {used} ({source}).")
