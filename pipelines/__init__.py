@@ -1,5 +1,5 @@
-"""Pipelines that diffusers does not have. Each file stands alone (torch and diffusers only): exports carry a copy of it,
-and load where nothing of noisycond is installed."""
+"""Pipelines that diffusers does not have. Each file stands alone (torch and diffusers only): exports carry a copy of
+it, and load where nothing of noisycond is installed."""
 
 from .ldm_class_to_image import ClassEmbedder, LDMClassToImagePipeline
 

@@ -343,8 +343,8 @@ def _embedder_folder(index: dict, where: str | Path) -> str:
         if isinstance(value, (list, tuple)) and len(value) == 2 and value[1] == ClassEmbedder.__name__:
             return name
     raise ValueError(
-        f"{where}: {DiffusionPipeline.config_name} declares no component of the class {ClassEmbedder.__name__}, so this "
-        "is no class-conditional latent diffusion model."
+        f"{where}: {DiffusionPipeline.config_name} declares no component of the class {ClassEmbedder.__name__}, so "
+        "this is no class-conditional latent diffusion model."
     )
 
 
