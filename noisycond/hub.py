@@ -41,13 +41,14 @@ def check(args: HubArguments) -> str | None:
     require(not constants.HF_HUB_OFFLINE, "--push_to_hub needs the Hub, but HF_HUB_OFFLINE is set; unset it.")
     name = args.hub_model_id or Path(args.output_dir).resolve().name
     require_repo_id(name, "--hub_model_id is needed: without it the last part of --output_dir names the model; that")
+    token = _find_token()
     require(
-        _token() is not None,
+        token is not None,
         f"--push_to_hub needs a token that can write ({TOKENS}), but none was found: run `hf auth login`, or set "
         "HF_TOKEN.",
     )
-    api = _api()
-    account = _ask(api.whoami)
+    api = _api(token)
+    account = _ask(api.whoami, token)
     if account is None:
         require(
             "/" in name,
@@ -56,14 +57,13 @@ def check(args: HubArguments) -> str | None:
         return name
     role = account.get("auth", {}).get("accessToken", {}).get("role")
     require(role != "read", f"--push_to_hub: the token can read only; make one that can write at {TOKENS}.")
-    if "/" not in name:
-        return f"{account['name']}/{name}"
+    repo_id = name if "/" in name else f"{account['name']}/{name}"
     owners = {account["name"], *(organization["name"] for organization in account.get("orgs", []))}
-    if name.split("/")[0] not in owners:
+    if repo_id.split("/")[0] not in owners:
         logger.warning("--hub_model_id %s: the token is that of %s and may not push there.", name, account["name"])
     if args.hub_private_repo:
-        require(not _ask(lambda: _is_public(api, name)), _public_sentence(name))
-    return name
+        require(not _ask(lambda: _is_public(api, repo_id), token), _public_sentence(repo_id))
+    return repo_id
 
 
 def push(folder: Path, repo_id: str, private: bool) -> None:
@@ -78,20 +78,20 @@ def push(folder: Path, repo_id: str, private: bool) -> None:
     """
     command = shlex.join(upload_command(folder, repo_id, private))
     logger.info("Pushing %s to %s.", folder, repo_id)
+    token = None
     try:
-        api = _api()
+        token = get_token()
+        api = _api(token)
         url = api.create_repo(repo_id, private=private or None, exist_ok=True)
         require(not (private and _is_public(api, repo_id)), _public_sentence(repo_id))
         message = f"Trained with noisycond {__version__}"
         api.upload_folder(
             repo_id=repo_id, folder_path=folder, allow_patterns=published(folder), commit_message=message
         )
-    except InputError:
-        raise
-    except (Exception, KeyboardInterrupt) as error:  # the client, its transfer library and the network have many
+    except (Exception, KeyboardInterrupt) as error:  # client, transfer library and network have many types of errors
         raise InputError(
-            f"--push_to_hub: the push to {repo_id} failed: {_cause(error)}. {folder} is complete; try the push again "
-            f"with: {command}"
+            f"--push_to_hub: the push to {repo_id} failed: {_cause(error, token)}. {folder} is complete; try the push "
+            f"again with: {command}"
         ) from None
     print(f"Pushed to {url}\n")
 
@@ -117,18 +117,18 @@ def upload_command(folder: Path, repo_id: str, private: bool) -> list[str]:
     return words + [f"--include={pattern}" for pattern in published(folder)]
 
 
-def _api() -> HfApi:
-    return HfApi(token=_token(), library_name="noisycond", library_version=__version__)
+def _api(token: str | None) -> HfApi:
+    return HfApi(token=token, library_name="noisycond", library_version=__version__)
 
 
-def _token() -> str | None:
+def _find_token() -> str | None:
     try:
         return get_token()
-    except Exception as error:  # an exchange or refresh of a token that failed
-        raise InputError(f"--push_to_hub: no token could be had: {type(error).__name__}.") from None
+    except Exception as error:  # an exchange or a refresh of a token that failed
+        raise InputError(f"--push_to_hub: no token could be had ({type(error).__name__}).") from None
 
 
-def _ask(question: Callable[[], AnswerT]) -> AnswerT | None:
+def _ask(question: Callable[[], AnswerT], token: str) -> AnswerT | None:
     """The Hub's answer, or None and a warning where it cannot be reached."""
     try:
         return question()
@@ -139,7 +139,7 @@ def _ask(question: Callable[[], AnswerT]) -> AnswerT | None:
             f"--push_to_hub: the Hub rejects the token ({status}): make one that can write at {TOKENS}, then run "
             "`hf auth login` or set HF_TOKEN, which wins where both are there.",
         )
-        logger.warning("--push_to_hub: the Hub cannot be reached now: %s. The push comes later.", _cause(error))
+        logger.warning("--push_to_hub: the Hub cannot be reached now: %s. The push comes later.", _cause(error, token))
     return None
 
 
@@ -157,14 +157,14 @@ def _public_sentence(repo_id: str) -> str:
     )
 
 
-def _cause(error: BaseException) -> str:
+def _cause(error: BaseException, token: str | None) -> str:
     """One line on an error, without the token and without the signatures in the addresses of uploads."""
     if isinstance(error, KeyboardInterrupt):
         return "interrupted"
     if isinstance(error, RuntimeError) and error.__cause__ is not None:  # "Error while uploading …" from the reason
         error = error.__cause__
     text = " ".join(str(error).split()).rstrip(".")
-    token = get_token()
     if token:
         text = text.replace(token, "[token]")
-    return re.sub(r"(https?://[^\s?]+)\?[^\s'\"]*", r"\1", f"{type(error).__name__} ({text})")
+    text = re.sub(r"(https?://[^\s?]+)\?[^\s'\"]*", r"\1", text)
+    return text if isinstance(error, InputError) else f"{type(error).__name__} ({text})"

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from hub_server import HubServer, Repository
-from huggingface_hub import close_session, constants
+from huggingface_hub import HfApi, close_session, constants
 from launching import launch, load_script
 
 from noisycond import hub as room
@@ -171,6 +171,7 @@ def test_an_autoencoder_is_pushed(here, script, tmp_path):
         (["--push_to_hub", "--hub_token", TOKEN], ["--hub_token", "HF_TOKEN", "hf auth login"]),
         (["--push_to_hub", f"--hub-token={TOKEN}"], ["--hub-token", "HF_TOKEN", "hf auth login"]),
         ([*FLAGS, "--hub_private_repo"], ["--hub_private_repo", "someone/digits", "public"]),
+        (["--push_to_hub", "--output_dir", "digits", "--hub_private_repo"], ["--hub_private_repo: someone/digits"]),
     ],
 )
 def test_refused_before_any_work(here, refused, tiny, tmp_path, monkeypatch, flags, words):
@@ -243,10 +244,20 @@ def test_an_error_that_names_the_token_is_printed_without_it(here, tmp_path, cap
     assert TOKEN not in str(failure.value) and failure.value.__cause__ is None
 
 
+def test_ctrl_c_says_how_to_go_on(here, tmp_path, monkeypatch):
+    def interrupted(*args, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(HfApi, "upload_folder", interrupted)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match="interrupted.*hf upload someone/digits .* --include=config.json"):
+        room.push(tmp_path, "someone/digits", private=False)
+
+
 def test_a_public_repository_does_not_get_a_private_model(here, tmp_path):
     here.repositories["someone/digits"] = Repository()
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(ValueError, match="public repository"):
+    with pytest.raises(ValueError, match="public repository.* hf upload someone/digits .* --private"):
         room.push(tmp_path, "someone/digits", private=True)
     assert not here.repositories["someone/digits"].files
 
