@@ -186,7 +186,7 @@ def test_refused_before_any_work(here, refused, tiny, tmp_path, monkeypatch, fla
 @pytest.mark.parametrize("script_name", ["train_class_cond", "train_autoencoder"])
 def test_no_token(here, refused, tmp_path, monkeypatch, script_name):
     monkeypatch.delenv("HF_TOKEN")
-    sentence = refused(script_name, "--output_dir", tmp_path / "run", *FLAGS)
+    sentence = refused(script_name, "--output_dir", tmp_path / "run", "--max_train_steps", "1", *FLAGS)
     assert "--push_to_hub needs a token" in sentence and "hf auth login" in sentence
     assert not (tmp_path / "run").exists() and not here.requests
 
