@@ -18,16 +18,17 @@ try:
     from noisycond import LabelCorruption, hardware, pictures, randomness, sampling, trainer
     from noisycond.arguments import (
         CorruptionArguments,
-        DataArguments,
         FirstStageArguments,
         LoopArguments,
         ObjectiveArguments,
         PerturbationArguments,
+        StreamArguments,
         flag,
         parse_arguments,
     )
     from noisycond.data.class_groups import read_class_groups
     from noisycond.data.opening import open_batches, open_training_data
+    from noisycond.data.streams import require_ids
     from noisycond.denoisers import build_denoiser, find_denoiser
     from noisycond.errors import InputError, one_sentence_errors, require, writing
     from noisycond.export import dit_pipeline, export_pipeline, model_card, sampling_scheduler
@@ -43,7 +44,7 @@ except ModuleNotFoundError as error:
 
 @dataclass
 class ClassCondArguments(
-    DataArguments,
+    StreamArguments,
     FirstStageArguments,
     CorruptionArguments,
     PerturbationArguments,
@@ -192,6 +193,10 @@ def main(argv: list[str] | None = None) -> None:
         args.corruption_ratio == 0 or len(class_names) > 1,
         f"--corruption_ratio {args.corruption_ratio} needs at least two classes, but the dataset has one.",
     )
+    if args.streaming and args.corruption_ratio > 0 and args.corruption_mode == "fixed":
+        require_ids(data.source, "--corruption_mode fixed")
+    if args.streaming and args.cep_gamma > 0 and args.cep_mode == "fixed":
+        require_ids(data.source, "--cep_mode fixed")
     groups = read_class_groups(args.class_groups, class_names) if args.class_groups else None
     corruption = LabelCorruption(
         args.corruption_ratio, len(class_names), seed=args.seed, groups=groups, mode=args.corruption_mode
@@ -246,7 +251,7 @@ def main(argv: list[str] | None = None) -> None:
         validate=lambda step: draw_samples(pipeline(), args, len(class_names), run.samples / f"step-{step:07d}.png"),
     )
     if result.stopped_by is None:
-        dataset = args.dataset_name or args.train_data_dir
+        dataset = args.dataset_name or args.train_data_dir or args.train_shards
         on_main(accelerator, lambda: export(pipeline(), args, run, class_names, result, dataset))
     trainer.finish(accelerator, result, run)
 

@@ -19,7 +19,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from noisycond.data.images import UNREADABLE, BadImages, LabelledImages
-from noisycond.errors import NO_SPACE, InputError
+from noisycond.errors import NO_SPACE, InputError, in_one_line
 from noisycond.first_stage import FirstStage
 from noisycond.processes import on_all, on_main
 
@@ -175,7 +175,7 @@ def _encode(indices: range, memory: np.ndarray, images: LabelledImages, first_st
         try:
             image = images.source.read(index, images.transform.resolution)
         except UNREADABLE as error:
-            unreadable[index] = f"{images.source.name(index)} ({' '.join(str(error).split())})"
+            unreadable[index] = f"{images.source.name(index)} ({in_one_line(error)})"
             continue
         pixels = images.transform.pixels(image, index, epoch=0)
         done.append(index)

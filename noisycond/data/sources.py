@@ -199,6 +199,24 @@ class Subset(ImageSource):
         return self.source.name(int(self.kept[index]))
 
 
+def read_class_names(option: str, path: str) -> list[str]:
+    """A file with a class name per line.
+
+    Raises:
+        InputError: no such file, not text, empty, or a repeated name; names this option.
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise InputError(f"{option} {path}: cannot be read ({error.strerror}).") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{option} {path}: not a text file in UTF-8 ({error}).") from error
+    names = [line.strip() for line in lines if line.strip()]
+    if len(set(names)) != len(names) or not names:
+        raise InputError(f"{option} {path}: expected class names, each once; it is empty or repeats one.")
+    return names
+
+
 def choose_classes(class_names: list[str], class_subset: str, seed: int) -> list[int]:
     """The classes of `--class_subset`: a number to pick at random with this seed, or a file with a name per line.
 
@@ -213,17 +231,11 @@ def choose_classes(class_names: list[str], class_subset: str, seed: int) -> list
     path = Path(class_subset)
     if not path.is_file():
         raise InputError(f"--class_subset {class_subset}: expected a number of classes or a file of class names.")
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise InputError(f"--class_subset {path}: not a text file in UTF-8 ({error}).") from error
-    wanted = [line.strip() for line in lines if line.strip()]
+    wanted = read_class_names("--class_subset", class_subset)
     places = {name: place for place, name in enumerate(class_names)}
     for name in wanted:
         if name not in places:
             raise InputError(f"--class_subset {path}: the dataset has no class {name!r}{closest(name, class_names)}.")
-    if len(set(wanted)) != len(wanted) or not wanted:
-        raise InputError(f"--class_subset {path}: expected class names, each once; it is empty or repeats one.")
     return sorted(places[name] for name in wanted)
 
 
