@@ -18,6 +18,7 @@ import torch
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
+from noisycond.data.folder_index import user_cache
 from noisycond.data.images import UNREADABLE, BadImages, LabelledImages
 from noisycond.errors import NO_SPACE, InputError, in_one_line
 from noisycond.first_stage import FirstStage
@@ -32,7 +33,7 @@ LEFT_AFTER = 7 * 24 * 3600  # seconds
 
 def default_cache_dir() -> Path:
     """~/.cache/noisycond/latents, or below $XDG_CACHE_HOME."""
-    return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "noisycond" / "latents"
+    return user_cache("latents")
 
 
 class CachedLatents(Dataset):

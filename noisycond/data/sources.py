@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image
 
 from noisycond import randomness
+from noisycond.data.folder_index import open_folder
 from noisycond.errors import InputError, closest
 from noisycond.randomness import Purpose
 
@@ -80,31 +81,22 @@ class ImageFolder(ImageSource):
     """Images in one sub-folder per class, as `torchvision.datasets.ImageFolder` reads them."""
 
     def __init__(self, root: str):
-        from torchvision.datasets import ImageFolder as TorchvisionImageFolder
-
         try:
-            folder = TorchvisionImageFolder(root)
+            folder = open_folder(root)
         except FileNotFoundError as error:
             raise InputError(
-                f"--train_data_dir {root}: {error}. Expected one sub-folder of images per class."
+                f"--train_data_dir {root}: {error} Expected one sub-folder of images per class."
             ) from None
-        self.root = Path(root)
-        self.paths = [path for path, _ in folder.samples]
-        self.labels = np.asarray(folder.targets, dtype=np.int64)
-        self.class_names = folder.classes
-        names, times = hashlib.sha256(), hashlib.sha256()
-        for path in self.paths:
-            status = Path(path).stat()
-            names.update(f"{Path(path).relative_to(root)}\0{status.st_size}\n".encode())
-            times.update(f"{status.st_mtime_ns}\n".encode())
-        self.fingerprint, self.version = names.hexdigest(), times.hexdigest()
+        self.root, self.names = Path(root), folder.names
+        self.labels, self.class_names = folder.labels, folder.class_names
+        self.fingerprint, self.version = folder.fingerprint, folder.version
 
     def read(self, index: int, resolution: int) -> Image.Image:
-        with Image.open(self.paths[index]) as image:
+        with Image.open(self.name(index)) as image:
             return image.convert("RGB")
 
     def name(self, index: int) -> str:
-        return str(self.paths[index])
+        return str(self.root / self.names[index])
 
 
 class HuggingFaceDataset(ImageSource):

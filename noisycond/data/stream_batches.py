@@ -28,6 +28,7 @@ from noisycond.signals import ignore_in_worker
 
 
 logger = logging.getLogger(__name__)
+SHOWS_CLASSES = 50  # examples, of several classes unless they are sorted
 PATIENCE = 5  # seconds, with a shard that is still being read when it is no longer needed
 
 
@@ -100,6 +101,8 @@ class Lane:
             broken: list[str] = []
             for block in self._blocks_of_epoch(start):
                 any_example = any_example or bool(block.examples)
+                if block.start == Cursor():
+                    self._warn_of_one_class(block)
                 broken += block.broken
                 yield block
             if not any_example:
@@ -108,6 +111,17 @@ class Lane:
                     + (f": cannot read {broken[0]}." if broken else ".")
                 )
             start = Cursor(start.epoch + 1)
+
+    def _warn_of_one_class(self, block: Block) -> None:
+        labels = {str(raw.label) for raw in block.examples}
+        if len(block.examples) >= SHOWS_CLASSES and len(labels) == 1 and len(self.source.class_names) > 1:
+            logger.warning(
+                "The first %d examples are all of class %s: the stream seems to be sorted by class, and it is shuffled"
+                " by shards and within %d examples only. Raise --shuffle_buffer_size, or write mixed shards.",
+                len(block.examples),
+                block.examples[0].label,
+                self.block_size,
+            )
 
     def _blocks_of_epoch(self, start: Cursor) -> Iterator[Block]:
         stride, remainder = (self.count, self.number) if self.splits_shards else (1, 0)
