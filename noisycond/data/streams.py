@@ -175,7 +175,7 @@ class WebDatasetShards(StreamSource):
                     problems.append("it ends without the end mark of a tar file, or a header within is damaged")
                 tar.close(drain=not problems)
             except OSError as error:  # a process at the other end of a pipe says only now that it failed
-                note(error)
+                problems.insert(0, _reason(error))
             finally:
                 tar.abandon()
         if last is not None and (not problems or last.problem is None):  # a break may have cut it in two
@@ -240,7 +240,10 @@ class _TarStream:
 
 
 def _reason(error: Exception) -> str:
-    """The error in one line, without what `webdataset` adds to its arguments (the stream it was reading)."""
+    """The error in one line, without what `webdataset` adds: the stream it was reading, and a command, which may hold
+    an access token."""
+    if failed := re.search(r"exit (-?\d+) \(read\)", str(error)):
+        return f"its command ended with status {failed[1]}"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     text = in_one_line(Exception(*error.args[:1])) if error.args else type(error).__name__

@@ -159,7 +159,12 @@ def test_a_shard_through_a_pipe_and_one_that_fails(tmp_path):
     examples, broken = read(source)
     assert len(examples) == 4 and not broken
     examples, broken = read(source, 1)
-    assert not examples and "after 0 examples" in broken[0]
+    assert not examples and "after 0 examples (its command ended with status 1)" in broken[0]
+
+
+def test_an_access_token_is_not_logged(tmp_path):
+    _, broken = read(WebDatasetShards("pipe:echo Bearer-secret; exit 3 # 0.tar", NAMES))
+    assert "ended with status 3" in broken[0] and "secret" not in broken[0].split(" after ")[1]
 
 
 def test_an_address_that_does_not_answer_is_named(tmp_path):
