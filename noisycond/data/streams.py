@@ -4,14 +4,17 @@ A shard is a file (or what `datasets` makes of one); it can be opened at any tim
 so that a place in a stream is a shard and a number. What cannot be read ends neither the shard nor the run.
 """
 
+import bz2
 import glob
+import gzip
 import hashlib
 import io
 import json
-import logging
+import lzma
 import os
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -25,10 +28,9 @@ from noisycond.data.sources import read_class_names
 from noisycond.errors import InputError, closest, in_one_line, require
 
 
-logger = logging.getLogger(__name__)
 PEEKED = 64  # examples that are looked at when a stream is opened
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff", "ppm", "pgm", "gif")
-COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")  # gzip, bzip2, xz, zstandard
+COMPRESSED = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ": lzma.open}  # by how a file begins
 BLOCK = 512  # bytes, the unit of a tar
 
 
@@ -164,8 +166,9 @@ class WebDatasetShards(StreamSource):
 
         count, last = 0, None
         for opened in url_opener([{"url": self.urls[shard]}], handler=note):
-            tar = opened["stream"] = _TarStream(opened["stream"])
+            stream = opened["stream"]
             try:
+                tar = opened["stream"] = _TarStream(stream)
                 for sample in group_by_keys(tar_file_expander([opened], handler=note), handler=note):
                     if last is not None:
                         yield last
@@ -173,11 +176,14 @@ class WebDatasetShards(StreamSource):
                     last = self._raw(sample, self.shards[shard])
                 if not problems and not tar.ended_well():
                     problems.append("it ends without the end mark of a tar file, or a header within is damaged")
-                tar.close(drain=not problems)
+                while not problems and stream.read(1 << 20):  # who is still writing into a pipe would fail
+                    pass
+                stream.close()
             except OSError as error:  # a process at the other end of a pipe says only now that it failed
                 problems.insert(0, _reason(error))
             finally:
-                tar.abandon()
+                with suppress(OSError):
+                    stream.close()
         if last is not None and (not problems or last.problem is None):  # a break may have cut it in two
             yield last
             count += 1
@@ -209,34 +215,36 @@ class WebDatasetShards(StreamSource):
 
 
 class _TarStream:
-    """A stream of bytes that is handed out in blocks of a tar, so that the last one read is the one at which the
-    reading of the tar ended: of zeros, the end mark, or else something broke off. Python's tarfile takes a damaged or
-    cut header for the end and says nothing."""
+    """A stream of bytes, unpacked, that is handed out in blocks of a tar, so that the last one read is the one at
+    which the reading of the tar ended: of zeros, the end mark, or else something broke off. Python's tarfile takes a
+    damaged or cut header, and the end of a cut gzip file, for the end and says nothing."""
 
     def __init__(self, stream):
-        self.stream, self.first, self.last = stream, None, b""
+        self.last = b""
+        head = stream.read(BLOCK)
+        unpack = next((open_ for magic, open_ in COMPRESSED.items() if head.startswith(magic)), None)
+        self.content = unpack(_Prefixed(head, stream)) if unpack else _Prefixed(head, stream)
 
     def read(self, size: int = BLOCK) -> bytes:
-        block = self.stream.read(min(size, BLOCK))
-        if self.first is None:
-            self.first = block
-        self.last = block
-        return block
+        self.last = self.content.read(min(size, BLOCK))
+        return self.last
 
     def ended_well(self) -> bool:
-        return self.first.startswith(COMPRESSED) or self.last == bytes(BLOCK)
+        return self.last == bytes(BLOCK)
 
-    def close(self, drain: bool) -> None:
-        """Closes; after reading to the end, because who is still writing into a pipe would fail."""
-        while drain and self.stream.read(1 << 20):
-            pass
-        self.stream.close()
 
-    def abandon(self) -> None:
-        try:
-            self.stream.close()
-        except Exception as error:
-            logger.debug("Closing a shard: %s", error)
+class _Prefixed:
+    """A stream whose first bytes were read before, given back."""
+
+    def __init__(self, head: bytes, stream):
+        self.head, self.stream = head, stream
+
+    def read(self, size: int = -1) -> bytes:
+        if self.head and size >= 0:
+            part, self.head = self.head[:size], self.head[size:]
+            return part
+        part, self.head = self.head, b""
+        return part + self.stream.read(size)
 
 
 def _reason(error: Exception) -> str:
