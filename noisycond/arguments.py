@@ -424,10 +424,10 @@ def parse_arguments(cls: type[ArgumentsT], argv: list[str] | None = None, defaul
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = _Parser(cls, allow_abbrev=False)
     recipe = _value_of(argv, "recipe")
-    if recipe is None and default_recipe is not None and _is_embedded_default(argv):
+    if recipe is None and default_recipe is not None and _is_embedded_default(argv, cls):
         recipe = default_recipe
         argv = [*argv, "--recipe", recipe]
-    recipe_argv = [] if recipe in (None, "none") else _recipe_arguments(recipe, cls, _other_dataset_flag(argv))
+    recipe_argv = [] if recipe in (None, "none") else _recipe_arguments(recipe, cls, _other_dataset_flag(argv, cls))
     try:
         arguments, unknown = parser.parse_args_into_dataclasses(
             recipe_argv + argv, return_remaining_strings=True, look_for_args_file=False
@@ -452,15 +452,16 @@ def _value_of(argv: list[str], name: str) -> str | None:
     return found  # the last one counts, as for argparse
 
 
-def _is_embedded_default(argv: list[str]) -> bool:
-    named = [_value_of(argv, name) for name in WAYS_TO_NAME_DATA]
+def _is_embedded_default(argv: list[str], cls: type) -> bool:
+    named = [_value_of(argv, name) for name in WAYS_TO_NAME_DATA if hasattr(cls, name)]
     return all(value in (None, "digits") for value in named)
 
 
-def _other_dataset_flag(argv: list[str]) -> set[str]:
+def _other_dataset_flag(argv: list[str], cls: type) -> set[str]:
     """The recipe's ways of naming a dataset, where the command line uses another one."""
-    given = {name for name in WAYS_TO_NAME_DATA if _value_of(argv, name) is not None}
-    return set(WAYS_TO_NAME_DATA) - given if given else set()
+    known = {name for name in WAYS_TO_NAME_DATA if hasattr(cls, name)}
+    given = {name for name in known if _value_of(argv, name) is not None}
+    return known - given if given else set()
 
 
 def find_recipe(name: str) -> Path:

@@ -227,3 +227,8 @@ def test_other_shards_are_another_run_and_moved_ones_are_not(straight, script, r
     shutil.rmtree(folder / "checkpoint-12")
     script("train_class_cond", *moved, "--output_dir", folder, "--resume_from_checkpoint", "latest")
     assert_same(straight, folder)
+
+
+def test_a_script_that_needs_every_example_has_no_streams(refused, shards, tmp_path):
+    sentence = refused("train_autoencoder", "--train_shards", shards / "*.tar", "--output_dir", tmp_path / "run")
+    assert "unknown flag --train_shards" in sentence

@@ -160,7 +160,7 @@ def test_compressed_shards(tmp_path, compress):
 
 def test_a_shard_through_a_pipe_and_one_that_fails(tmp_path):
     write_shards(tmp_path, [4])
-    source = WebDatasetShards(f"pipe:cat {tmp_path}/{{00000..00001}}.tar 2> /dev/null", NAMES)
+    source = WebDatasetShards(f"pipe:exec cat {tmp_path}/{{00000..00001}}.tar 2> /dev/null", NAMES)
     examples, broken = read(source)
     assert len(examples) == 4 and not broken
     with (tmp_path / "00000.tar").open("ab") as file:
