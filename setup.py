@@ -21,11 +21,14 @@ INSTALL_REQUIRES = [
     "scikit-learn>=1.5",
     "matplotlib>=3.9",
     "numpy>=2.0",
+    "fsspec>=2025.3",
+    "filelock>=3.16",
     "pillow>=11.0",
     "psutil>=5.9",
     "pyyaml>=6.0",
     "tensorboard>=2.18",
     "tqdm>=4.66",
+    "webdataset>=1.0",
 ]
 EXTRAS = {
     "xformers": ["xformers"],

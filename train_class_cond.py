@@ -19,18 +19,19 @@ try:
     from noisycond import LabelCorruption, hardware, hub, pictures, randomness, sampling, trainer
     from noisycond.arguments import (
         CorruptionArguments,
-        DataArguments,
         FirstStageArguments,
         HubArguments,
         LoopArguments,
         ObjectiveArguments,
         PerturbationArguments,
+        StreamArguments,
         flag,
         parse_arguments,
     )
     from noisycond.cards import class_conditional_card, loading_code
     from noisycond.data.class_groups import read_class_groups
     from noisycond.data.opening import open_batches, open_training_data
+    from noisycond.data.streams import require_ids
     from noisycond.denoisers import build_denoiser, find_denoiser
     from noisycond.errors import InputError, one_sentence_errors, require, writing
     from noisycond.export import class_pipeline, export_pipeline, sampling_scheduler
@@ -46,7 +47,7 @@ except ModuleNotFoundError as error:
 
 @dataclass
 class ClassCondArguments(
-    DataArguments,
+    StreamArguments,
     FirstStageArguments,
     CorruptionArguments,
     PerturbationArguments,
@@ -185,6 +186,10 @@ def main(argv: list[str] | None = None) -> None:
         args.corruption_ratio == 0 or len(class_names) > 1,
         f"--corruption_ratio {args.corruption_ratio} needs at least two classes, but the dataset has one.",
     )
+    if args.streaming and args.corruption_ratio > 0 and args.corruption_mode == "fixed":
+        require_ids(data.source, "--corruption_mode fixed")
+    if args.streaming and args.cep_gamma > 0 and args.cep_mode == "fixed":
+        require_ids(data.source, "--cep_mode fixed")
     groups = read_class_groups(args.class_groups, class_names) if args.class_groups else None
     corruption = LabelCorruption(
         args.corruption_ratio, len(class_names), seed=args.seed, groups=groups, mode=args.corruption_mode

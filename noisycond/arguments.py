@@ -27,6 +27,9 @@ LEFT_OUT = {
 ArgumentsT = TypeVar("ArgumentsT", bound="Arguments")
 
 
+WAYS_TO_NAME_DATA = ("dataset_name", "train_data_dir", "train_shards")
+
+
 def flag(default, help: str):
     """A dataclass field that is a flag with this default and help text."""
     help = help.replace("%", "%%")  # argparse formats help texts
@@ -74,10 +77,12 @@ class DataArguments(Arguments):
 
     def __post_init__(self):
         super().__post_init__()
+        known = [name for name in WAYS_TO_NAME_DATA if hasattr(self, name)]
+        given = [f"--{name}" for name in known if getattr(self, name) is not None]
         require(
-            (self.dataset_name is None) != (self.train_data_dir is None),
-            "exactly one of --dataset_name and --train_data_dir is needed, but "
-            + ("both were given." if self.dataset_name else "neither was given."),
+            len(given) == 1,
+            f"exactly one of {' and '.join(f'--{name}' for name in known)} is needed, but "
+            + (f"{' and '.join(given)} were given." if given else "none was given."),
         )
         if self.train_data_dir is not None:
             require(
@@ -105,6 +110,71 @@ class DataArguments(Arguments):
         require(
             self.max_train_samples is None or self.max_train_samples > 0,
             f"--max_train_samples is {self.max_train_samples}, but it must be positive.",
+        )
+
+
+@dataclass
+class StreamArguments(DataArguments):
+    """Data that does not fit; for scripts that can train without knowing how many examples there are."""
+
+    streaming: bool = flag(False, "Read the dataset of --dataset_name as a stream instead of downloading it first.")
+    train_shards: str | None = flag(
+        None,
+        "WebDataset shards, read as a stream: paths or URLs with braces (`cc3m/{00000..00331}.tar`), or a glob.",
+    )
+    shuffle_buffer_size: int = flag(1000, "A stream is shuffled by shards and, within each process, in such blocks.")
+    class_names: str | None = flag(
+        None, "A file with a class name per line, in the order of the labels, for a stream that does not know them."
+    )
+    id_column: str | None = flag(
+        None, "The stream's column of stable ids, which key label corruption; the default is the path of the image."
+    )
+
+    def __post_init__(self):
+        self.streaming = self.streaming or self.train_shards is not None
+        super().__post_init__()
+        if not self.streaming:
+            for name, default in (("shuffle_buffer_size", 1000), ("class_names", None), ("id_column", None)):
+                require(
+                    getattr(self, name) == default, f"--{name} has no effect without --streaming or --train_shards."
+                )
+            return
+        require(
+            self.train_data_dir is None,
+            "--streaming has no effect with --train_data_dir: its images are read one by one anyway; leave it off.",
+        )
+        require(
+            self.dataset_name != "digits", "--streaming has no effect with --dataset_name digits: they are in memory."
+        )
+        if self.train_shards is not None:
+            for name, default in (("dataset_config_name", None), ("dataset_split", "train"), ("id_column", None)):
+                require(
+                    getattr(self, name) == default,
+                    f"--{name} has no effect with --train_shards: shards have no such thing.",
+                )
+            require(
+                self.class_names is not None,
+                "--class_names FILE is needed with --train_shards: shards do not say how many classes there are.",
+            )
+        require(
+            self.shuffle_buffer_size > 0,
+            f"--shuffle_buffer_size is {self.shuffle_buffer_size}, but it must be positive; 1 does not shuffle.",
+        )
+        needs_all = {  # what these flags need that a stream cannot give
+            "class_subset": "know every label",
+            "max_train_samples": "know the first examples",
+            "cache_latents": "hold every example",
+            "save_corruption_map": "walk the whole dataset",
+        }
+        for name, why in needs_all.items():
+            require(
+                getattr(self, name, None) in (None, False),
+                f"--{name} does not go with --streaming or --train_shards: it would have to {why}; leave it off.",
+            )
+        require(
+            getattr(self, "max_train_steps", None) is not None,
+            "--max_train_steps is needed with --streaming and --train_shards: a stream does not say how long an epoch "
+            "is.",
         )
 
 
@@ -389,10 +459,10 @@ def parse_arguments(cls: type[ArgumentsT], argv: list[str] | None = None, defaul
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = _Parser(cls, allow_abbrev=False)
     recipe = _value_of(argv, "recipe")
-    if recipe is None and default_recipe is not None and _is_embedded_default(argv):
+    if recipe is None and default_recipe is not None and _is_embedded_default(argv, cls):
         recipe = default_recipe
         argv = [*argv, "--recipe", recipe]
-    recipe_argv = [] if recipe in (None, "none") else _recipe_arguments(recipe, cls, _other_dataset_flag(argv))
+    recipe_argv = [] if recipe in (None, "none") else _recipe_arguments(recipe, cls, _other_dataset_flag(argv, cls))
     try:
         arguments, unknown = parser.parse_args_into_dataclasses(
             recipe_argv + argv, return_remaining_strings=True, look_for_args_file=False
@@ -421,14 +491,16 @@ def _value_of(argv: list[str], name: str) -> str | None:
     return found  # the last one counts, as for argparse
 
 
-def _is_embedded_default(argv: list[str]) -> bool:
-    return _value_of(argv, "train_data_dir") is None and _value_of(argv, "dataset_name") in (None, "digits")
+def _is_embedded_default(argv: list[str], cls: type) -> bool:
+    named = [_value_of(argv, name) for name in WAYS_TO_NAME_DATA if hasattr(cls, name)]
+    return all(value in (None, "digits") for value in named)
 
 
-def _other_dataset_flag(argv: list[str]) -> set[str]:
-    """The recipe's way of naming a dataset, where the command line uses the other one."""
-    given = {name for name in ("dataset_name", "train_data_dir") if _value_of(argv, name) is not None}
-    return {"dataset_name", "train_data_dir"} - given if given else set()
+def _other_dataset_flag(argv: list[str], cls: type) -> set[str]:
+    """The recipe's ways of naming a dataset, where the command line uses another one."""
+    known = {name for name in WAYS_TO_NAME_DATA if hasattr(cls, name)}
+    given = {name for name in known if _value_of(argv, name) is not None}
+    return known - given if given else set()
 
 
 def find_recipe(name: str) -> Path:

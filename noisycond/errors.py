@@ -4,6 +4,7 @@ import difflib
 import errno
 import functools
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager
@@ -21,6 +22,12 @@ def require(condition: object, sentence: str) -> None:
     """Raises InputError with the sentence unless the condition holds."""
     if not condition:
         raise InputError(sentence)
+
+
+def in_one_line(error: Exception) -> str:
+    """What an error says, in one line, and the same every time: without the address of an object in memory."""
+    text = re.sub(r" *<[^<>]* at 0x[0-9a-f]+>", "", str(error))
+    return " ".join(text.split()) or type(error).__name__
 
 
 @contextmanager

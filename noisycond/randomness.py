@@ -25,6 +25,8 @@ class Purpose(StrEnum):
     """What a draw is for. Draws for different purposes are independent under one seed."""
 
     DATA_ORDER = "data order"
+    SHARD_ORDER = "shard order"
+    STREAM_ORDER = "order within a shuffle block"
     FLIP = "flip"
     CROP = "crop"
     CLASS_SUBSET = "class subset"

@@ -23,6 +23,7 @@ from noisycond.processes import on_main
 
 logger = logging.getLogger(__name__)
 PACKAGES = ("noisycond", "torch", "diffusers", "transformers", "accelerate", "datasets", "safetensors", "numpy")
+PACKAGES += ("webdataset",)
 
 # Settings in which a resumed run may differ from the one it continues. Whatever stands here changes where things are
 # written, how often, or the order of floating-point operations, but not what is computed.
@@ -55,8 +56,10 @@ MAY_CHANGE = {
     "enable_xformers_memory_efficient_attention",
     "torch_compile",
     "allow_tf32",
-    "dataset_name",  # what these three name is compared by content instead
+    "dataset_name",  # what these five name is compared by content instead
     "train_data_dir",
+    "train_shards",
+    "class_names",
     "pretrained_vae_model_name_or_path",
     "class_groups",  # the groups themselves are compared
     "mixed_precision",  # what accelerate made of it is compared

@@ -50,9 +50,10 @@ def check_space(args: LoopArguments, denoiser: nn.Module) -> None:
     )
 
 
-def steps_to_train(args: LoopArguments, dataset_size: int, global_batch_size: int) -> int:
-    """Optimizer steps of a run: --max_train_steps, or --num_train_epochs passes over the dataset."""
-    return args.max_train_steps or -(-args.num_train_epochs * dataset_size // global_batch_size)
+def steps_to_train(args: LoopArguments, batches: Batches) -> int:
+    """Optimizer steps of a run: --max_train_steps (always given for a stream), or --num_train_epochs passes over the
+    dataset."""
+    return args.max_train_steps or -(-args.num_train_epochs * batches.num_examples // batches.global_batch_size)
 
 
 def fit(
@@ -84,8 +85,8 @@ def fit(
     Raises:
         InputError: too many non-finite losses or unreadable images, or no space left.
     """
-    max_steps = steps_to_train(args, len(batches.dataset), batches.global_batch_size)
-    state = TrainingState(denoiser.to(accelerator.device), args, max_steps, accelerator, tallies or {})
+    max_steps = steps_to_train(args, batches)
+    state = TrainingState(denoiser.to(accelerator.device), args, max_steps, accelerator, tallies or {}, batches)
     if resume_from is not None:
         state.load(resume_from)
     progress, saved_at = state.progress, state.progress.step
@@ -150,7 +151,7 @@ def facts(args: LoopArguments, batches: Batches) -> dict:
     where the learning rate depends on it."""
     shared = {"global_batch_size": batches.global_batch_size}
     if args.lr_scheduler not in ("constant", "constant_with_warmup", "piecewise_constant"):
-        shared["optimizer_steps"] = steps_to_train(args, len(batches.dataset), batches.global_batch_size)
+        shared["optimizer_steps"] = steps_to_train(args, batches)
     return shared
 
 
@@ -161,18 +162,18 @@ def announce(
     if args.report_to != "none":
         simple = {name: value for name, value in asdict(args).items() if isinstance(value, (bool, int, float, str))}
         accelerator.init_trackers("noisycond", config=simple)
-    steps = steps_to_train(args, len(images), batches.global_batch_size)
+    steps = steps_to_train(args, batches)
     parameters = sum(parameter.numel() for parameter in denoiser.parameters() if parameter.requires_grad)
-    logger.info("%d examples in %d classes.", len(images), len(images.source.class_names))
+    logger.info("%s in %d classes.", images.describe(), len(images.source.class_names))
     logger.info("%.2f M trainable parameters on %s.", parameters / 1e6, accelerator.device)
     logger.info(
-        "%d steps of %d examples (%d per process × %d accumulated × %d processes), %.1f epochs.",
+        "%d steps of %d examples (%d per process × %d accumulated × %d processes)%s.",
         steps,
         batches.global_batch_size,
         args.train_batch_size,
         args.gradient_accumulation_steps,
         accelerator.num_processes,
-        steps * batches.global_batch_size / len(images),
+        f", {steps * batches.global_batch_size / batches.num_examples:.1f} epochs" if batches.num_examples else "",
     )
 
 

@@ -58,10 +58,14 @@ class TrainingState:
     """What [`noisycond.trainer.fit`] works on.
 
     Args:
-        denoiser: what is trained. max_steps: optimizer steps of the whole run. tallies: named counts.
+        denoiser: what is trained. max_steps: optimizer steps of the whole run. tallies: named counts. batches: the
+            data, whose place is saved too.
     """
 
-    def __init__(self, denoiser: nn.Module, args: LoopArguments, max_steps: int, accelerator: Accelerator, tallies):
+    def __init__(
+        self, denoiser: nn.Module, args: LoopArguments, max_steps: int, accelerator: Accelerator, tallies, batches
+    ):
+        self.batches = batches
         self.denoiser, self.args, self.accelerator, self.tallies = denoiser, args, accelerator, tallies
         self.max_steps, self.progress = max_steps, Progress()
         # Agreed on by all processes, unlike what each of them receives; see train_step.
@@ -171,6 +175,7 @@ class TrainingState:
         """Saves a checkpoint of this step."""
         counts = {name: self._total(tally).tolist() for name, tally in self.tallies.items()}
         state = {**asdict(self.progress), "lr_schedule": self.lr_schedule.state_dict(), "tallies": counts}
+        state["batches"] = self.batches.state()
 
         def write(folder: Path) -> None:
             self.accelerator.save_state(str(folder))
@@ -188,6 +193,7 @@ class TrainingState:
         self.accelerator.load_state(str(folder))
         state = json.loads((folder / "trainer_state.json").read_text())
         self.progress = Progress(state["step"], state["attempted_step"], state["nonfinite_steps"])
+        self.batches.load_state(state.get("batches"))
         self.lr_schedule.load_state_dict(state["lr_schedule"])
         if self.ema is not None:
             shadow = load_file(folder / "ema.safetensors")

@@ -88,6 +88,19 @@ class Batches:
         """G, the number of examples in one optimizer step."""
         return self.batch_size * self.accumulation_steps * self.num_processes
 
+    @property
+    def num_examples(self) -> int | None:
+        """N, the examples of an epoch; None where nobody knows, as in a stream."""
+        return len(self.dataset)
+
+    def state(self) -> object:
+        """What a checkpoint must hold to go on from here, as JSON values: nothing, the step tells it all. All
+        processes take part."""
+        return None
+
+    def load_state(self, state: object) -> None:
+        """Takes up what [`state`] gave; to be followed by [`starting_at`]."""
+
     def starting_at(self, step: int) -> Iterator[dict]:
         """Endless batches from this attempted optimizer step on, `accumulation_steps` of them per step."""
         return iter(

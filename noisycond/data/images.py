@@ -15,7 +15,7 @@ from torchvision.transforms import functional as F
 
 from noisycond import randomness
 from noisycond.data.sources import ImageSource
-from noisycond.errors import InputError
+from noisycond.errors import InputError, in_one_line
 from noisycond.randomness import Purpose
 
 
@@ -59,22 +59,22 @@ class Transform:
 
 
 class BadImages:
-    """Counts unreadable images by name and stops the run past a limit."""
+    """Counts unreadable images and shards by name and stops the run past a limit."""
 
     def __init__(self, limit: int):
         self.limit, self.names = limit, set()
 
     def add(self, names: list[str], quiet: bool = False) -> None:
-        """Raises InputError once more than `limit` different images were bad."""
+        """Raises InputError once more than `limit` different ones were bad."""
         for name in names:
             if name not in self.names and not quiet:
-                logger.warning("Skipping an unreadable image: %s.", name)
+                logger.warning("Skipping what cannot be read: %s.", name)
         self.names.update(names)
         if len(self.names) > self.limit:
             shown = ", ".join(sorted(self.names)[:5])
             raise InputError(
-                f"{len(self.names)} images cannot be read, more than --max_bad_images {self.limit}: {shown}. Mend or "
-                "remove them, or allow more."
+                f"{len(self.names)} images or shards cannot be read, more than --max_bad_images {self.limit}: {shown}."
+                " Mend or remove them, or allow more."
             )
 
 
@@ -91,6 +91,10 @@ class LabelledImages(Dataset):
     def __len__(self) -> int:
         return len(self.source)
 
+    def describe(self) -> str:
+        """How many there are, for the log."""
+        return f"{len(self)} examples"
+
     def __getitem__(self, item: tuple[int, int, int]) -> dict:
         index, epoch, position = item
         bad: list[str] = []
@@ -99,7 +103,7 @@ class LabelledImages(Dataset):
             try:
                 image = self.source.read(candidate, self.transform.resolution)
             except UNREADABLE as error:
-                bad.append(f"{self.source.name(candidate)} ({' '.join(str(error).split())})")
+                bad.append(f"{self.source.name(candidate)} ({in_one_line(error)})")
                 continue
             return {
                 "index": candidate,

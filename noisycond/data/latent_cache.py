@@ -18,8 +18,9 @@ import torch
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
+from noisycond.data.folder_index import user_cache
 from noisycond.data.images import UNREADABLE, BadImages, LabelledImages
-from noisycond.errors import NO_SPACE, InputError
+from noisycond.errors import NO_SPACE, InputError, in_one_line
 from noisycond.first_stage import FirstStage
 from noisycond.processes import on_all, on_main
 
@@ -32,7 +33,7 @@ LEFT_AFTER = 7 * 24 * 3600  # seconds
 
 def default_cache_dir() -> Path:
     """~/.cache/noisycond/latents, or below $XDG_CACHE_HOME."""
-    return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "noisycond" / "latents"
+    return user_cache("latents")
 
 
 class CachedLatents(Dataset):
@@ -175,7 +176,7 @@ def _encode(indices: range, memory: np.ndarray, images: LabelledImages, first_st
         try:
             image = images.source.read(index, images.transform.resolution)
         except UNREADABLE as error:
-            unreadable[index] = f"{images.source.name(index)} ({' '.join(str(error).split())})"
+            unreadable[index] = f"{images.source.name(index)} ({in_one_line(error)})"
             continue
         pixels = images.transform.pixels(image, index, epoch=0)
         done.append(index)

@@ -5,11 +5,13 @@ from pathlib import Path
 
 from accelerate import Accelerator
 
-from noisycond.arguments import DataArguments
+from noisycond.arguments import DataArguments, StreamArguments
 from noisycond.data.batches import Batches
 from noisycond.data.images import BadImages, LabelledImages, Transform
 from noisycond.data.latent_cache import default_cache_dir, open_latent_cache
 from noisycond.data.sources import ImageSource, open_source
+from noisycond.data.stream_batches import StreamBatches, StreamedImages
+from noisycond.data.streams import StreamSource, open_stream
 from noisycond.first_stage import FirstStage
 
 
@@ -22,12 +24,12 @@ class TrainingData:
         facts: what a resumed run must share, as JSON values.
     """
 
-    images: LabelledImages
+    images: LabelledImages | StreamedImages
     bad_images: BadImages
     facts: dict
 
     @property
-    def source(self) -> ImageSource:
+    def source(self) -> ImageSource | StreamSource:
         return self.images.source
 
 
@@ -35,17 +37,23 @@ def open_training_data(args: DataArguments) -> TrainingData:
     """Opens the dataset that the flags name.
 
     Raises:
-        InputError: see [`noisycond.data.sources.open_source`].
+        InputError: see [`noisycond.data.sources.open_source`] and [`noisycond.data.streams.open_stream`].
     """
-    source = open_source(args)
     transform = Transform(
         args.resolution, args.center_crop, args.random_flip, args.image_interpolation_mode, seed=args.seed
     )
+    if isinstance(args, StreamArguments) and args.streaming:
+        stream = open_stream(args)
+        facts = {"dataset": stream.fingerprint, "shards": len(stream.shards), "class_names": stream.class_names}
+        return TrainingData(StreamedImages(stream, transform), BadImages(args.max_bad_images), facts)
+    source = open_source(args)
     facts = {"dataset": source.fingerprint, "examples": len(source), "class_names": source.class_names}
     return TrainingData(LabelledImages(source, transform), BadImages(args.max_bad_images), facts)
 
 
-def open_batches(args, data: TrainingData, accelerator: Accelerator, first_stage: FirstStage | None = None) -> Batches:
+def open_batches(
+    args, data: TrainingData, accelerator: Accelerator, first_stage: FirstStage | None = None
+) -> Batches | StreamBatches:
     """This process's training batches: of latents where `--cache_latents` was given, of pixels otherwise.
 
     Raises:
@@ -55,8 +63,7 @@ def open_batches(args, data: TrainingData, accelerator: Accelerator, first_stage
     if first_stage is not None and args.cache_latents:
         folder = Path(args.latent_cache_dir) if args.latent_cache_dir else default_cache_dir()
         dataset = open_latent_cache(data.images, first_stage, folder, accelerator, data.bad_images)
-    return Batches(
-        dataset,
+    shape = (
         args.train_batch_size,
         args.gradient_accumulation_steps,
         accelerator.num_processes,
@@ -64,3 +71,6 @@ def open_batches(args, data: TrainingData, accelerator: Accelerator, first_stage
         args.seed,
         args.dataloader_num_workers,
     )
+    if isinstance(dataset, StreamedImages):
+        return StreamBatches(dataset, *shape, args.shuffle_buffer_size)
+    return Batches(dataset, *shape)

@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image
 
 from noisycond import randomness
+from noisycond.data.folder_index import open_folder
 from noisycond.errors import InputError, closest
 from noisycond.randomness import Purpose
 
@@ -80,31 +81,22 @@ class ImageFolder(ImageSource):
     """Images in one sub-folder per class, as `torchvision.datasets.ImageFolder` reads them."""
 
     def __init__(self, root: str):
-        from torchvision.datasets import ImageFolder as TorchvisionImageFolder
-
         try:
-            folder = TorchvisionImageFolder(root)
+            folder = open_folder(root)
         except FileNotFoundError as error:
             raise InputError(
-                f"--train_data_dir {root}: {error}. Expected one sub-folder of images per class."
+                f"--train_data_dir {root}: {error} Expected one sub-folder of images per class."
             ) from None
-        self.root = Path(root)
-        self.paths = [path for path, _ in folder.samples]
-        self.labels = np.asarray(folder.targets, dtype=np.int64)
-        self.class_names = folder.classes
-        names, times = hashlib.sha256(), hashlib.sha256()
-        for path in self.paths:
-            status = Path(path).stat()
-            names.update(f"{Path(path).relative_to(root)}\0{status.st_size}\n".encode())
-            times.update(f"{status.st_mtime_ns}\n".encode())
-        self.fingerprint, self.version = names.hexdigest(), times.hexdigest()
+        self.root, self.names = Path(root), folder.names
+        self.labels, self.class_names = folder.labels, folder.class_names
+        self.fingerprint, self.version = folder.fingerprint, folder.version
 
     def read(self, index: int, resolution: int) -> Image.Image:
-        with Image.open(self.paths[index]) as image:
+        with Image.open(self.name(index)) as image:
             return image.convert("RGB")
 
     def name(self, index: int) -> str:
-        return str(self.paths[index])
+        return str(self.root / self.names[index])
 
 
 class HuggingFaceDataset(ImageSource):
@@ -199,6 +191,24 @@ class Subset(ImageSource):
         return self.source.name(int(self.kept[index]))
 
 
+def read_class_names(option: str, path: str) -> list[str]:
+    """A file with a class name per line.
+
+    Raises:
+        InputError: no such file, not text, empty, or a repeated name; names this option.
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise InputError(f"{option} {path}: cannot be read ({error.strerror}).") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{option} {path}: not a text file in UTF-8 ({error}).") from error
+    names = [line.strip() for line in lines if line.strip()]
+    if len(set(names)) != len(names) or not names:
+        raise InputError(f"{option} {path}: expected class names, each once; it is empty or repeats one.")
+    return names
+
+
 def choose_classes(class_names: list[str], class_subset: str, seed: int) -> list[int]:
     """The classes of `--class_subset`: a number to pick at random with this seed, or a file with a name per line.
 
@@ -213,17 +223,11 @@ def choose_classes(class_names: list[str], class_subset: str, seed: int) -> list
     path = Path(class_subset)
     if not path.is_file():
         raise InputError(f"--class_subset {class_subset}: expected a number of classes or a file of class names.")
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise InputError(f"--class_subset {path}: not a text file in UTF-8 ({error}).") from error
-    wanted = [line.strip() for line in lines if line.strip()]
+    wanted = read_class_names("--class_subset", class_subset)
     places = {name: place for place, name in enumerate(class_names)}
     for name in wanted:
         if name not in places:
             raise InputError(f"--class_subset {path}: the dataset has no class {name!r}{closest(name, class_names)}.")
-    if len(set(wanted)) != len(wanted) or not wanted:
-        raise InputError(f"--class_subset {path}: expected class names, each once; it is empty or repeats one.")
     return sorted(places[name] for name in wanted)
 
 

@@ -214,7 +214,7 @@ def test_a_bad_image_counts_once(caplog):
         for _ in range(3):
             bad.add(["a.png"])
     assert bad.names == {"a.png"}
-    assert [record.getMessage() for record in caplog.records] == ["Skipping an unreadable image: a.png."]
+    assert [record.getMessage() for record in caplog.records] == ["Skipping what cannot be read: a.png."]
 
 
 def test_a_limit_of_none():

@@ -1,0 +1,405 @@
+"""Datasets that are read from beginning to end, shard by shard: WebDataset tars, and what `datasets` streams.
+
+A shard is a file (or what `datasets` makes of one); it can be opened at any time and is always read in the same order,
+so that a place in a stream is a shard and a number. What cannot be read ends neither the shard nor the run.
+"""
+
+import bz2
+import glob
+import gzip
+import hashlib
+import io
+import json
+import lzma
+import os
+import re
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from urllib.parse import urlparse
+
+import fsspec
+from PIL import Image
+
+from noisycond.arguments import StreamArguments
+from noisycond.data.sources import read_class_names
+from noisycond.errors import InputError, closest, in_one_line, require
+
+
+PEEKED = 64  # examples that are looked at when a stream is opened
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff", "ppm", "pgm", "gif")
+COMPRESSED = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ": lzma.open}  # by how a file begins
+BLOCK = 512  # bytes, the unit of a tar
+
+
+@dataclass(frozen=True)
+class RawExample:
+    """An example as it lies in its shard, not decoded.
+
+    Attributes:
+        name: what a message calls it.
+        id: a string that stays with the example wherever its shard lies; None where it has none.
+        image: the bytes of an image file, or a path or URL that `fsspec` opens.
+        label: as stored. problem: why it is known to be of no use.
+    """
+
+    name: str
+    id: str | None
+    image: bytes | str | None
+    label: object
+    problem: str | None = None
+
+
+@dataclass(frozen=True)
+class Broken:
+    """What of a shard could not be read, as a message names it."""
+
+    name: str
+
+
+class StreamSource:
+    """Labelled images in shards.
+
+    Attributes:
+        shards: S names, independent of where the shards lie; their order is fixed.
+        class_names: K names, in the order of the labels.
+        fingerprint: a string that tells one dataset from another, wherever it lies; a resumed run must share it.
+        has_ids: whether its examples carry stable ids. ids_needed: without one an example is of no use.
+    """
+
+    shards: list[str]
+    class_names: list[str]
+    fingerprint: str
+    has_ids: bool
+    ids_needed: bool = False
+
+    def read(self, shard: int) -> Iterator[RawExample | Broken]:
+        """The examples of a shard, always in the same order. Raises nothing: where the shard cannot be read (further),
+        the last item says so."""
+        raise NotImplementedError
+
+    def decode(self, raw: RawExample) -> tuple[Image.Image, int]:
+        """The image, RGB, and its label in [0, K). Raises OSError, ValueError or SyntaxError (as Pillow does) where
+        there is none."""
+        if raw.problem is not None:
+            raise ValueError(raw.problem)
+        if self.ids_needed and raw.id is None:
+            raise ValueError("it has no stable id")
+        label = label_number(raw.label, self.class_names)
+        if raw.image is None:
+            raise ValueError("it has no image")
+        content = raw.image if isinstance(raw.image, bytes) else _fetch(raw.image)
+        with Image.open(io.BytesIO(content)) as image:
+            return image.convert("RGB"), label
+
+
+def _fetch(path: str) -> bytes:
+    try:
+        with fsspec.open(path, "rb") as file:
+            return file.read()
+    except Exception as error:  # each protocol has its own
+        raise OSError(_reason(error)) from error
+
+
+def stable_key(name: str) -> int:
+    """A key in [0, 2^63) for the draws of what goes by this name: its blake2b hash."""
+    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little") >> 1
+
+
+def label_number(value: object, class_names: list[str]) -> int:
+    """A stored label, class name or number (as such, or as text or bytes), as a number in [0, K).
+
+    Raises:
+        ValueError: it is neither, or out of range.
+    """
+    if isinstance(value, bytes):
+        value = value.decode("utf-8").strip()
+    if isinstance(value, str) and value in class_names:
+        return class_names.index(value)
+    try:
+        if isinstance(value, (bool, float)):
+            raise TypeError
+        label = int(value)
+    except (TypeError, ValueError):
+        raise ValueError(f"its label is {value!r}, neither a class name nor a number") from None
+    if not 0 <= label < len(class_names):
+        raise ValueError(f"its label is {label}, but there are {len(class_names)} classes")
+    return label
+
+
+class WebDatasetShards(StreamSource):
+    """Tar files in the convention of WebDataset: files of one name and several extensions are one example, its
+    `__key__` that name. The image is a file with a usual extension, the label one named `cls` or a field of `json`.
+
+    Args:
+        pattern: as `--train_shards`. class_names: K names.
+        image_column: an extension, or `image` for any usual one.
+        label_column: an extension, or a field of `json`; `label` also stands for `cls`.
+
+    Raises:
+        InputError: the pattern names no file, one that is not there, or one of them twice.
+    """
+
+    has_ids = True
+
+    def __init__(self, pattern: str, class_names: list[str], image_column: str = "image", label_column: str = "label"):
+        self.urls = _expand(pattern)
+        self.shards = _short_names(self.urls)
+        require(
+            len(set(self.shards)) == len(self.shards), f"--train_shards {pattern}: a shard is named more than once."
+        )
+        self.class_names = class_names
+        self.image_column, self.label_column = image_column, label_column
+        self.fingerprint = hashlib.sha256("\n".join(self.shards).encode()).hexdigest()
+
+    def read(self, shard: int) -> Iterator[RawExample | Broken]:
+        # Two seconds of imports, for those who need them.
+        from webdataset.tariterators import group_by_keys, tar_file_expander, url_opener
+
+        problems: list[str] = []
+
+        def note(error: Exception) -> bool:
+            problems.append(_reason(error))
+            return True
+
+        count, last = 0, None
+        for opened in url_opener([{"url": self.urls[shard]}], handler=note):
+            stream = opened["stream"]
+            try:
+                tar = opened["stream"] = _TarStream(stream)
+                for sample in group_by_keys(tar_file_expander([opened], handler=note), handler=note):
+                    if last is not None:
+                        yield last
+                        count += 1
+                    last = self._raw(sample, self.shards[shard])
+                if not problems and not tar.ended_well():
+                    problems.append("it ends without the end mark of a tar file, or a header within is damaged")
+                while not problems and stream.read(1 << 20):  # who is still writing into a pipe would fail
+                    pass
+                stream.close()
+            except OSError as error:  # a process at the other end of a pipe says only now that it failed
+                problems.insert(0, _reason(error))
+            finally:
+                with suppress(OSError):
+                    stream.close()
+        if last is not None and (not problems or last.problem is None):  # a break may have cut it in two
+            yield last
+            count += 1
+        if problems:
+            yield Broken(f"the shard {self.shards[shard]} after {count} examples ({problems[0]})")
+
+    def _raw(self, sample: dict, shard: str) -> RawExample:
+        key = f"{shard}/{sample['__key__']}"
+        extensions = IMAGE_EXTENSIONS if self.image_column == "image" else (self.image_column,)
+        image = next((sample[extension] for extension in extensions if extension in sample), None)
+        files = ", ".join(name for name in sample if not name.startswith("__")) or "none"
+        problem, label = None, None
+        if image is None:
+            problem = f"it has no image: its files are {files}"
+        try:
+            label = self._label(sample)
+            if label is None:
+                problem = problem or f"it has no label: its files are {files}"
+        except ValueError as error:
+            problem = problem or f"its json cannot be read: {_reason(error)}"
+        return RawExample(key, key, image, label, problem)
+
+    def _label(self, sample: dict) -> object:
+        for extension in (self.label_column, "cls") if self.label_column == "label" else (self.label_column,):
+            if extension in sample:
+                return sample[extension]
+        fields = json.loads(sample["json"]) if "json" in sample else None
+        return fields.get(self.label_column) if isinstance(fields, dict) else None
+
+
+class _TarStream:
+    """A stream of bytes, unpacked, that is handed out in blocks of a tar, so that the last one read is the one at
+    which the reading of the tar ended: of zeros, the end mark, or else something broke off. Python's tarfile takes a
+    damaged or cut header, and the end of a cut gzip file, for the end and says nothing."""
+
+    def __init__(self, stream):
+        self.last = b""
+        head = stream.read(BLOCK)
+        unpack = next((open_ for magic, open_ in COMPRESSED.items() if head.startswith(magic)), None)
+        self.content = unpack(_Prefixed(head, stream)) if unpack else _Prefixed(head, stream)
+
+    def read(self, size: int = BLOCK) -> bytes:
+        self.last = self.content.read(min(size, BLOCK))
+        return self.last
+
+    def ended_well(self) -> bool:
+        return self.last == bytes(BLOCK)
+
+
+class _Prefixed:
+    """A stream whose first bytes were read before, given back."""
+
+    def __init__(self, head: bytes, stream):
+        self.head, self.stream = head, stream
+
+    def read(self, size: int = -1) -> bytes:
+        if self.head and size >= 0:
+            part, self.head = self.head[:size], self.head[size:]
+            return part
+        part, self.head = self.head, b""
+        return part + self.stream.read(size)
+
+
+def _reason(error: Exception) -> str:
+    """The error in one line, without what `webdataset` adds: the stream it was reading, and a command, which may hold
+    an access token."""
+    if failed := re.search(r"exit (-?\d+) \(read\)", str(error)):
+        return f"its command ended with status {failed[1]}"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    text = in_one_line(Exception(*error.args[:1])) if error.args else type(error).__name__
+    return text.removesuffix(" @")
+
+
+def _expand(pattern: str) -> list[str]:
+    from webdataset.shardlists import expand_urls
+
+    urls: list[str] = []
+    for url in expand_urls(pattern):
+        if urlparse(url).scheme not in ("", "file"):
+            urls.append(url)
+            continue
+        path = os.path.expanduser(url.removeprefix("file://").removeprefix("file:"))
+        found = [path] if Path(path).is_file() else sorted(glob.glob(path, recursive=True))
+        require(found, f"--train_shards {pattern}: there is no file {path}.")
+        urls += found
+    return urls
+
+
+def _short_names(urls: list[str]) -> list[str]:
+    """The file names, with as many folders before them as it takes to tell them apart."""
+    parts = [re.sub(r"^(https?://[^?#]+)[?#].*$", r"\1", url).split("/") for url in urls]
+    folders = [part[:-1] for part in parts]
+    common = len(os.path.commonprefix(folders))
+    return ["/".join(part[common:]) for part in parts]
+
+
+class HubStream(StreamSource):
+    """What `datasets` streams: a dataset on the Hub, or a local folder that it opens.
+
+    Raises:
+        InputError: it cannot be opened or its first examples cannot be read, a column does not exist, or the classes
+            are not known.
+    """
+
+    def __init__(self, args: StreamArguments):
+        import datasets
+
+        name = args.dataset_name
+        for file in ("dataset_info.json", "dataset_dict.json"):
+            require(
+                not (Path(name) / file).is_file(),
+                f"--streaming has no effect on {name}, which save_to_disk wrote: it is read from disk as it is needed;"
+                " leave it off.",
+            )
+        try:
+            dataset = datasets.load_dataset(
+                name, args.dataset_config_name, split=args.dataset_split, cache_dir=args.cache_dir, streaming=True
+            )
+            columns = dataset.column_names or list(next(iter(dataset)))
+        except Exception as error:  # `datasets` raises a dozen unrelated types for a name it cannot open
+            raise InputError(f"--dataset_name {name}: `datasets` cannot stream it ({in_one_line(error)}).") from error
+        for option in ("image_column", "label_column", "id_column"):
+            column = getattr(args, option)
+            require(
+                column is None or column in columns,
+                f"--{option} {column}: the dataset {name} has the columns {', '.join(columns)}"
+                f"{closest(str(column), columns)}.",
+            )
+        features = dataset.features or {}
+        require(
+            isinstance(features.get(args.image_column), datasets.Image),
+            f"--image_column {args.image_column}: this column of {name} holds no images.",
+        )
+        self.class_names = _class_names(features[args.label_column], args)
+        self.title, self.root = name, os.path.abspath(name) if Path(name).is_dir() else None
+        self.image_column, self.label_column, self.id_column = args.image_column, args.label_column, args.id_column
+        columns = {self.image_column, self.label_column} | ({self.id_column} if self.id_column else set())
+        # Decoded here and not by `datasets`, so that a broken image does not end the stream.
+        dataset = dataset.cast_column(self.image_column, datasets.Image(decode=False))
+        self.dataset = dataset.select_columns(sorted(columns))
+        self.shards = [f"{name} shard {number}" for number in range(self.dataset.num_shards)]
+        self._look_at_the_first()
+
+    def _look_at_the_first(self) -> None:
+        """Learns from the first examples whether there are stable ids, and tells the dataset by them."""
+        for shard in range(len(self.shards)):
+            found = list(islice(self.read(shard), PEEKED))
+            first = [item for item in found if isinstance(item, RawExample)]
+            if first:
+                break
+        else:
+            raise InputError(f"--dataset_name {self.title}: no example can be read, for example {found[-1].name}.")
+        ids = [raw.id for raw in first]
+        self.has_ids = None not in ids and len(set(ids)) == len(ids)
+        content = hashlib.sha256(f"{len(self.shards)}\0{self.dataset.features}\n".encode())
+        for raw in first:
+            image = raw.image if isinstance(raw.image, bytes) else b""
+            content.update(f"{raw.id}\0{raw.label}\0{hashlib.sha256(image).hexdigest()}\n".encode())
+        self.fingerprint = content.hexdigest()
+
+    def read(self, shard: int) -> Iterator[RawExample | Broken]:
+        count = 0
+        try:
+            for row in self.dataset.shard(len(self.shards), shard):
+                yield self._raw(row, f"{self.shards[shard]} example {count}")
+                count += 1
+        except Exception as error:  # of pyarrow, of a dozen file formats, of the network
+            yield Broken(f"{self.shards[shard]} after {count} examples ({_reason(error)})")
+
+    def _raw(self, row: dict, place: str) -> RawExample:
+        entry = row[self.image_column] or {}
+        path = _relative(entry["path"], self.root) if entry.get("path") else None
+        stable = path if self.id_column is None else row[self.id_column]
+        name = f"{place} ({path})" if path else place
+        image = entry.get("bytes") if entry.get("bytes") is not None else entry.get("path")
+        return RawExample(name, None if stable is None else str(stable), image, row[self.label_column])
+
+
+def _class_names(feature: object, args: StreamArguments) -> list[str]:
+    known = getattr(feature, "names", None)
+    if args.class_names is None:
+        require(
+            known is not None,
+            f"--class_names FILE is needed: the stream {args.dataset_name} does not say which classes its column "
+            f"{args.label_column} ({feature}) has.",
+        )
+        return list(known)
+    require(known is None, f"--class_names has no effect: the stream {args.dataset_name} knows its classes.")
+    return read_class_names("--class_names", args.class_names)
+
+
+def _relative(path: str, root: str | None) -> str:
+    """A path without what tells where the dataset lies: its folder, or repository and revision on the Hub."""
+    links = [re.sub(r"^hf://datasets/[^@]+@[^/]+/", "", link) for link in path.split("::")]
+    return "::".join(link.removeprefix(f"{root}{os.sep}") if root else link for link in links)
+
+
+def open_stream(args: StreamArguments) -> StreamSource:
+    """The stream that the flags name.
+
+    Raises:
+        InputError: see [`WebDatasetShards`] and [`HubStream`].
+    """
+    if args.train_shards is None:
+        return HubStream(args)
+    class_names = read_class_names("--class_names", args.class_names)
+    return WebDatasetShards(args.train_shards, class_names, args.image_column, args.label_column)
+
+
+def require_ids(source: StreamSource, flags: str) -> None:
+    """Raises InputError where examples carry no stable ids, which these flags need; from here on one without is of no
+    use."""
+    require(
+        source.has_ids,
+        f"{flags} needs examples with stable ids, but this stream has none: name a column of unique ids with "
+        "--id_column, or choose `random`.",
+    )
+    source.ids_needed = True
