@@ -325,20 +325,20 @@ class LDMClassToImagePipeline(DiffusionPipeline):
         embedder, first_stage = _component(index, [ClassEmbedder.__name__]), _component(index, FIRST_STAGES)
         _check_pieces(folder, index, embedder, first_stage, given=kwargs)
         if "class_embedder" not in kwargs:
-            found = _read_embedder(folder / embedder, kwargs.get("variant"))
-            kwargs["class_embedder"] = found.to(_dtype_for("class_embedder", kwargs))
+            table = _read_table(folder / embedder, kwargs.get("variant"))
+            kwargs["class_embedder"] = ClassEmbedder.from_table(table.to(_dtype_for("class_embedder", kwargs)))
         is_read = first_stage is not None and "vqvae" not in kwargs
         if is_read and first_stage != "vqvae":
             kind = {"VQModel": VQModel, "AutoencoderKL": AutoencoderKL}[index[first_stage][1]]
             kwargs["vqvae"] = kind.from_pretrained(folder / first_stage, torch_dtype=_dtype_for("vqvae", kwargs))
         try:
             pipeline = super().from_pretrained(folder, **kwargs)
-        except (AttributeError, ImportError, KeyError, RuntimeError, TypeError) as error:
+        except (AttributeError, ImportError, KeyError, OSError, RuntimeError, TypeError, ValueError) as error:
             raise ValueError(f"{name}: diffusers cannot open it ({' '.join(str(error).split())}).") from error
         wanted, dim = pipeline.unet.config.cross_attention_dim, pipeline.class_embedder.config.embed_dim
         if wanted != dim:
             raise ValueError(
-                f"{name}: the U-Net attends to embeddings of dimension {wanted}, but the classes' have {dim}."
+                f"{name}: the U-Net attends to embeddings of {wanted} numbers, but the classes' have {dim}."
             )
         pipeline.register_to_config(_name_or_path=name)
         if is_read:
@@ -428,8 +428,8 @@ def _weight_files(folder: Path, variant: str | None = None) -> list[Path]:
     return [path for path in found if path.name.startswith(f"{stem}-0") and rank(path) == rank(best)]
 
 
-def _read_embedder(folder: Path, variant: str | None = None) -> ClassEmbedder:
-    """The embedder of a folder, whatever its parameter is called: it holds one table."""
+def _read_table(folder: Path, variant: str | None = None) -> torch.Tensor:
+    """The table [K + 1, D] of an embedder's folder, whatever its parameter is called."""
     tables = []
     for file in _weight_files(folder, variant):
         try:
@@ -439,7 +439,7 @@ def _read_embedder(folder: Path, variant: str | None = None) -> ClassEmbedder:
             raise ValueError(f"{file}: cannot be read ({' '.join(str(error).split())}).") from error
     if len(tables) != 1:
         raise ValueError(f"{folder}: expected one table [classes + 1, dimension], but found {len(tables)}.")
-    return ClassEmbedder.from_table(tables[0].float())
+    return tables[0]
 
 
 def _dtype_for(component: str, kwargs: dict) -> torch.dtype:
