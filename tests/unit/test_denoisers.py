@@ -21,7 +21,7 @@ def build(channels: int = 4, learned_variance: bool = False, randomize: bool = T
     """A small denoiser; its weights are moved away from the start, where it would predict 0 whatever it is given."""
     torch.manual_seed(0)
     options = {"class_names": NAMES, "latent_channels": channels, "latent_size": 8} | options
-    denoiser = build_denoiser(DenoiserSource(Preset(TINY, learned_variance)), **options)
+    denoiser = build_denoiser(DenoiserSource(Preset(TINY, learned_variance=learned_variance)), **options)
     if randomize:
         move(denoiser)
     return denoiser
@@ -60,6 +60,16 @@ def test_the_presets_have_the_paper_s_sizes(name, millions):
     count = sum(parameter.numel() for parameter in denoiser.parameters())
     assert abs(count / 1e6 / millions - 1) < 0.01
     assert denoiser.backbone.model.config.out_channels == 8
+
+
+def test_the_ldm_preset_has_the_paper_s_size():
+    # 400.9 million in the U-Net: LDM's public configuration in diffusers' class.
+    with torch.device("meta"):
+        denoiser = build_denoiser(
+            find_denoiser("ldm-4"), class_names=[str(k) for k in range(1000)], latent_channels=3, latent_size=64
+        )
+    counts = [sum(value.numel() for value in part.parameters()) for part in (denoiser.backbone, denoiser.encoder)]
+    assert abs(counts[0] / 400.9e6 - 1) < 0.01 and counts[1] == 1001 * 512
 
 
 def test_every_preset_builds():
