@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-SOURCES := noisycond tests $(wildcard *.py) $(wildcard benchmarks/*.py)
+SOURCES := noisycond pipelines tests $(wildcard *.py) $(wildcard benchmarks/*.py)
 
 .PHONY: help demo test quality style first-stages clean
 .DEFAULT_GOAL := help

@@ -18,8 +18,9 @@ try:
     from diffusers import AutoencoderKL, VQModel
     from torch import nn
 
-    from noisycond import hardware, pictures, randomness, trainer
-    from noisycond.arguments import DataArguments, LoopArguments, flag, parse_arguments
+    from noisycond import hardware, hub, pictures, randomness, trainer
+    from noisycond.arguments import DataArguments, HubArguments, LoopArguments, flag, parse_arguments
+    from noisycond.cards import first_stage_card, public_name
     from noisycond.data.opening import open_batches, open_training_data
     from noisycond.data.sources import open_source
     from noisycond.errors import one_sentence_errors, require, writing
@@ -33,7 +34,7 @@ except ModuleNotFoundError as error:
 
 
 @dataclass
-class AutoencoderArguments(DataArguments, LoopArguments):
+class AutoencoderArguments(DataArguments, LoopArguments, HubArguments):
     autoencoder: Literal["kl", "vq"] = flag("kl", "`kl`: AutoencoderKL. `vq`: VQModel.")
     block_out_channels: list[int] = flag([128, 256, 512], "Channels per level; n levels give a factor of 2^(n-1).")
     layers_per_block: int = flag(2, "Residual blocks per level.")
@@ -117,8 +118,26 @@ def draw_reconstructions(first_stage: FirstStage, images, path: Path) -> None:
     pictures.image_grid([image for row in rows for image in row], 16, scale=2).save(path)
 
 
-def export(model: AutoencoderKL | VQModel, args: AutoencoderArguments, run: RunFolder, images, held_out) -> None:
-    """Writes what a run leaves behind: the autoencoder with its scaling factor, PSNR, reconstructions, loss curve."""
+def make_card(model: AutoencoderKL | VQModel, args: AutoencoderArguments, figures: dict, repo_id: str | None):
+    """The model card: what was trained on what, and how well it reconstructs."""
+    dataset = public_name(args.dataset_name or args.train_data_dir)
+    settings = {
+        "recipe": public_name(args.recipe or "none"),
+        "dataset": dataset,
+        "resolution": args.resolution,
+        "PSNR": f"{figures['psnr_db']} dB on {figures['images']} images ({figures['split']})",
+        "scaling factor": figures["scaling_factor"],
+        "seed": args.seed,
+    }
+    title = f"{type(model).__name__} of factor {2 ** (len(args.block_out_channels) - 1)} on {dataset}"
+    return first_stage_card(title, settings, "samples/final.png", model_class=type(model).__name__, repo_id=repo_id)
+
+
+def export(
+    model: AutoencoderKL | VQModel, args: AutoencoderArguments, run: RunFolder, images, held_out, repo_id
+) -> None:
+    """Writes what a run leaves behind: the autoencoder with its scaling factor, card, PSNR, reconstructions, loss
+    curve; then pushes it."""
     first_stage = FirstStage(model, args.seed)
     model.register_to_config(scaling_factor=round(1.0 / latent_std(first_stage, images), 5))
     with writing(f"--output_dir {run.path}", "the autoencoder (its last checkpoint is whole)"):
@@ -129,10 +148,13 @@ def export(model: AutoencoderKL | VQModel, args: AutoencoderArguments, run: RunF
         figures = {"psnr_db": round(psnr, 2), "images": len(held_out), "split": args.validation_split or "train"}
         figures["scaling_factor"] = first_stage.scaling_factor
         write_atomically(run.path / "reconstruction.json", json.dumps(figures, indent=2) + "\n")
+        make_card(model, args, figures, repo_id).save(run.path / "README.md")
     print(
         f"\nPSNR {psnr:.2f} dB on {len(held_out)} {'held-out' if args.validation_split else 'training'} images, "
         f"scaling factor {first_stage.scaling_factor}.\nUse it with --pretrained_vae_model_name_or_path {run.path}"
     )
+    if repo_id is not None:
+        hub.push(run.path, repo_id, args.hub_private_repo)
 
 
 @one_sentence_errors
@@ -141,6 +163,7 @@ def main(argv: list[str] | None = None) -> None:
     run = RunFolder(args.output_dir)
     accelerator = hardware.make_accelerator(args)
     on_main(accelerator, lambda: run.check(args))
+    repo_id = on_main(accelerator, lambda: hub.check(args))
     data = open_training_data(args)
     held_out = data.images
     if args.validation_split is not None:
@@ -168,7 +191,7 @@ def main(argv: list[str] | None = None) -> None:
         validate=validate,
     )
     if result.stopped_by is None:
-        on_main(accelerator, lambda: export(model.model, args, run, data.images, held_out))
+        on_main(accelerator, lambda: export(model.model, args, run, data.images, held_out, repo_id))
     trainer.finish(accelerator, result, run)
 
 

@@ -8,6 +8,7 @@ accelerate launch train_class_cond.py --recipe dit_xl_2_in1k --corruption_ratio 
 import csv
 import json
 import sys
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,22 +16,24 @@ from pathlib import Path
 try:
     import torch
 
-    from noisycond import LabelCorruption, hardware, pictures, randomness, sampling, trainer
+    from noisycond import LabelCorruption, hardware, hub, pictures, randomness, sampling, trainer
     from noisycond.arguments import (
         CorruptionArguments,
         DataArguments,
         FirstStageArguments,
+        HubArguments,
         LoopArguments,
         ObjectiveArguments,
         PerturbationArguments,
         flag,
         parse_arguments,
     )
+    from noisycond.cards import class_conditional_card, loading_code
     from noisycond.data.class_groups import read_class_groups
     from noisycond.data.opening import open_batches, open_training_data
     from noisycond.denoisers import build_denoiser, find_denoiser
     from noisycond.errors import InputError, one_sentence_errors, require, writing
-    from noisycond.export import class_pipeline, export_pipeline, model_card, sampling_scheduler
+    from noisycond.export import class_pipeline, export_pipeline, sampling_scheduler
     from noisycond.first_stage import open_first_stage
     from noisycond.objective import DiffusionObjective, make_betas
     from noisycond.perturbation import ConditionEmbeddingPerturbation
@@ -49,6 +52,7 @@ class ClassCondArguments(
     PerturbationArguments,
     ObjectiveArguments,
     LoopArguments,
+    HubArguments,
 ):
     denoiser: str = flag("dit-mini", "A preset (ldm-4, ldm-mini, dit-xl-2, dit-l-2, dit-b-2, dit-s-2, dit-mini), a "
                          "config JSON, or a pretrained folder or Hub id to continue from.")  # fmt: skip
@@ -144,32 +148,20 @@ def draw_samples(pipeline, args: ClassCondArguments, num_classes: int, path: Pat
         pictures.image_grid(images, args.validation_images_per_class, scale=scale).save(path)
 
 
-def export(pipeline, args: ClassCondArguments, run: RunFolder, class_names: list[str], result, dataset: str) -> None:
-    """Writes what a run leaves behind: pipeline, card, sample grid, loss curve, corruption counts."""
+def export(pipeline, args: ClassCondArguments, run: RunFolder, class_names: list[str], result, repo_id) -> None:
+    """Writes what a run leaves behind: pipeline, card, sample grid, loss curve, corruption counts; then pushes it."""
     draw_samples(pipeline, args, len(class_names), run.samples / "final.png")
-    settings = {
-        "dataset": dataset,
-        "denoiser": args.denoiser,
-        "optimizer steps": result.step,
-        "corruption": f"ratio {args.corruption_ratio}, {args.corruption_type}, {args.corruption_mode}",
-        "realized corruption ratio": f"{result.totals['corruption']['realized_ratio']:.4f}",
-        "CEP": f"γ = {args.cep_gamma}, {args.cep_type}, {args.cep_mode}" if args.cep_gamma else "off",
-        "prediction type": args.prediction_type,
-        "condition dropout": args.conditioning_dropout_prob,
-        "seed": args.seed,
-    }
-    card = model_card(f"{args.denoiser} on {dataset}", settings, class_names, "samples/final.png")
+    card = class_conditional_card(pipeline, args, class_names, result, repo_id)
     with writing(f"--output_dir {run.path}", "the pipeline (its last checkpoint is whole)"):
         pictures.plot_loss(run.read_log(), run.path / "loss.png")
         (run.path / "corruption.json").write_text(json.dumps(result.totals["corruption"], indent=2) + "\n")
         export_pipeline(pipeline, run.path, class_names, card)
     print(
         f"\nSamples: {run.samples / 'final.png'}\nLoss curve: {run.path / 'loss.png'}\nPipeline: {run.path}\n\n"
-        "Load it with plain diffusers:\n\n"
-        "    from diffusers import DiffusionPipeline\n"
-        f'    pipeline = DiffusionPipeline.from_pretrained("{run.path}")\n'
-        "    image = pipeline(class_labels=[3]).images[0]\n"
+        f"Load it where only diffusers is installed:\n\n{textwrap.indent(loading_code(pipeline, run.path), '    ')}\n"
     )
+    if repo_id is not None:
+        hub.push(run.path, repo_id, args.hub_private_repo)
 
 
 @one_sentence_errors
@@ -178,6 +170,7 @@ def main(argv: list[str] | None = None) -> None:
     run = RunFolder(args.output_dir)
     accelerator = hardware.make_accelerator(args)
     on_main(accelerator, lambda: run.check(args))
+    repo_id = on_main(accelerator, lambda: hub.check(args))
 
     require(args.pretrained_vae_model_name_or_path is not None, "--pretrained_vae_model_name_or_path is needed.")
     first_stage = open_first_stage(args.pretrained_vae_model_name_or_path, args.seed)
@@ -246,8 +239,7 @@ def main(argv: list[str] | None = None) -> None:
         validate=lambda step: draw_samples(pipeline(), args, len(class_names), run.samples / f"step-{step:07d}.png"),
     )
     if result.stopped_by is None:
-        dataset = args.dataset_name or args.train_data_dir
-        on_main(accelerator, lambda: export(pipeline(), args, run, class_names, result, dataset))
+        on_main(accelerator, lambda: export(pipeline(), args, run, class_names, result, repo_id))
     trainer.finish(accelerator, result, run)
 
 

@@ -12,12 +12,18 @@ from pathlib import Path
 from typing import Literal, TypeVar
 
 import yaml
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from transformers import HfArgumentParser
 
 from noisycond.errors import InputError, closest, require
 
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
+# Flags that other training scripts have and these do not have, and what to do instead.
+LEFT_OUT = {
+    "hub_token": ": a token on a command line ends up in logs and process lists; set HF_TOKEN, or run `hf auth login`"
+}
 ArgumentsT = TypeVar("ArgumentsT", bound="Arguments")
 
 
@@ -325,6 +331,35 @@ class LoopArguments(Arguments):
         )
 
 
+@dataclass
+class HubArguments(Arguments):
+    push_to_hub: bool = flag(False, "Push what was trained to the Hugging Face Hub when it is complete here.")
+    hub_model_id: str | None = flag(
+        None, "The repository to push to, user/model; the default is the name of the output folder, under your name."
+    )
+    hub_private_repo: bool = flag(False, "Make the repository a private one.")
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("hub_model_id", "hub_private_repo"):
+            require(
+                self.push_to_hub or not getattr(self, name), f"--{name} has no effect without --push_to_hub; add it."
+            )
+        if self.hub_model_id is not None:
+            require_repo_id(self.hub_model_id, "--hub_model_id")
+
+
+def require_repo_id(name: str, what: str) -> None:
+    """Raises InputError unless the name can be a repository's on the Hub, with its user or without."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        raise InputError(
+            f"{what} is {name!r}, but a repository's id reads user/model: letters, digits, '-', '_' and '.', at most "
+            "96 of them; neither a path nor a URL."
+        ) from None
+
+
 class _Parser(HfArgumentParser):
     """Raises a sentence instead of printing the usage and leaving."""
 
@@ -369,8 +404,12 @@ def parse_arguments(cls: type[ArgumentsT], argv: list[str] | None = None, defaul
     if unknown:
         known = [option for option in parser._option_string_actions if "-" not in option[2:]]
         name = unknown[0].split("=")[0]
-        raise InputError(f"unknown flag {name}{closest(name, known)}.")
+        raise InputError(f"unknown flag {name}{_hint(name, known)}.")
     return arguments
+
+
+def _hint(name: str, known: list[str]) -> str:
+    return LEFT_OUT.get(name.lstrip("-").replace("-", "_")) or closest(name, known)
 
 
 def _value_of(argv: list[str], name: str) -> str | None:
@@ -416,7 +455,7 @@ def _recipe_arguments(name: str, cls: type, left_out: set[str]) -> list[str]:
     known = list(types)
     arguments: list[str] = []
     for key, value in values.items():
-        require(key in known, f"--recipe {path}: unknown key {key!r}{closest(str(key), known)}.")
+        require(key in known, f"--recipe {path}: unknown key {key!r}{_hint(str(key), known)}.")
         if value is None or key in left_out:
             continue
         if isinstance(value, list):

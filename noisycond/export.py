@@ -1,4 +1,4 @@
-"""Trained weights to a pipeline folder that stock diffusers loads, with a model card."""
+"""Trained weights to a pipeline folder that stock diffusers loads."""
 
 import json
 import shutil
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from diffusers import DDIMScheduler, DiffusionPipeline, DiTPipeline
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import ModelCard
 
 from noisycond.denoisers import ConditionalDenoiser
 from noisycond.denoisers.dit import DiTBackbone
@@ -72,45 +72,3 @@ def export_pipeline(
             shutil.rmtree(target)
         path.replace(target)
     making.rmdir()
-
-
-def model_card(title: str, settings: dict[str, object], class_names: Sequence[str], picture: str) -> ModelCard:
-    """A model card: what was trained, with which corruption and CEP, the sample grid, and how to load it.
-
-    Args:
-        settings: what the table lists, in order. picture: the grid's path inside the folder.
-    """
-    data = ModelCardData(
-        license="apache-2.0",
-        library_name="diffusers",
-        pipeline_tag="unconditional-image-generation",
-        tags=["noisycond", "class-conditional", "condition-embedding-perturbation", "diffusers:DiTPipeline"],
-    )
-    rows = "\n".join(f"| {name} | {value} |" for name, value in settings.items())
-    shown = ", ".join(class_names[:10]) + (", …" if len(class_names) > 10 else "")
-    return ModelCard(
-        f"""---
-{data.to_yaml()}
----
-
-# {title}
-
-A class-conditional latent diffusion model trained with noisycond, after *Slight Corruption in Pre-training Data Makes
-Better Diffusion Models* ([arXiv:2405.20494](https://arxiv.org/abs/2405.20494)).
-
-![samples]({picture})
-
-```py
-from diffusers import DiffusionPipeline
-
-pipeline = DiffusionPipeline.from_pretrained("PATH_OR_ID_OF_THIS_FOLDER")
-image = pipeline(class_labels=[3], num_inference_steps=50).images[0]
-```
-
-{len(class_names)} classes: {shown}
-
-| setting | value |
-| --- | --- |
-{rows}
-"""
-    )

@@ -12,9 +12,13 @@ import functools
 import hashlib
 from collections.abc import Sequence
 from enum import StrEnum
+from typing import TypeVar
 
 import numpy as np
 import torch
+
+
+ArrayT = TypeVar("ArrayT", torch.Tensor, np.ndarray)
 
 
 class Purpose(StrEnum):
@@ -42,16 +46,16 @@ _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 
 
-def philox_4x32(counter: Sequence[torch.Tensor], key: tuple[int, int], rounds: int = 10) -> tuple[torch.Tensor, ...]:
+def philox_4x32(counter: Sequence[ArrayT], key: tuple[int, int], rounds: int = 10) -> tuple[ArrayT, ...]:
     """The Philox-4x32 bijection (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011).
 
     Args:
-        counter: four int64 tensors that broadcast together, values in [0, 2^32).
+        counter: four int64 tensors or NumPy arrays that broadcast together, values in [0, 2^32).
         key: two integers in [0, 2^32).
         rounds: number of rounds; 10 is the published default.
 
     Returns:
-        Four int64 tensors of the broadcast shape, values in [0, 2^32).
+        Four of the same kind, int64, of the broadcast shape, values in [0, 2^32).
     """
     c0, c1, c2, c3 = counter
     k0, k1 = key
@@ -104,8 +108,12 @@ def random_bits(
     epoch = epoch.to(keys.device, torch.int64).reshape(-1, 1)
     blocks = torch.arange((size + 3) // 4, device=keys.device)[None, :]
     counter = (blocks + torch.zeros_like(keys), epoch & _MASK, keys & _MASK, (keys >> 32) & _MASK)
-    words = philox_4x32(counter, _stream_key(seed, _purpose_name(purpose)))
-    return torch.stack(words, dim=-1).flatten(1)[:, :size]
+    key = _stream_key(seed, _purpose_name(purpose))
+    if keys.device.type == "cpu" and not torch.compiler.is_compiling():
+        # The same arithmetic in NumPy, which starts a small operation several times faster.
+        words = philox_4x32([part.numpy() for part in counter], key)
+        return torch.from_numpy(np.stack(words, axis=-1).reshape(len(keys), 4 * blocks.shape[1])[:, :size])
+    return torch.stack(philox_4x32(counter, key), dim=-1).flatten(1)[:, :size]
 
 
 def uniform(

@@ -86,7 +86,7 @@ class LDMClassToImagePipeline(DiffusionPipeline):
         class_embedder: ClassEmbedder,
         scheduler: KarrasDiffusionSchedulers,
         vqvae: VQModel | AutoencoderKL | None = None,
-        id2label: dict | None = None,  # labels are integers in Python and text in JSON
+        id2label: dict | None = None,
     ):
         super().__init__()
         self.register_modules(unet=unet, class_embedder=class_embedder, scheduler=scheduler, vqvae=vqvae)

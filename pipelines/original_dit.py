@@ -31,7 +31,7 @@ class OriginalDiTPipeline(DiTPipeline):
         transformer: DiTTransformer2DModel,
         vae: AutoencoderKL,
         scheduler: KarrasDiffusionSchedulers,
-        id2label: dict | None = None,  # labels are integers in Python and text in JSON
+        id2label: dict | None = None,
     ):
         super().__init__(transformer, vae, scheduler, id2label)
         if id2label is not None:

@@ -53,7 +53,7 @@ class DiTBackbone(nn.Module):
 
     @staticmethod
     def check(config: dict, latent_size: int, num_classes: int) -> None:
-        """Raises InputError where the patches do not fit the latents, or the stock pipeline cannot hold the classes."""
+        """Raises InputError where patches do not fit the latents, or the stock pipeline cannot hold the classes."""
         check_exportable(num_classes)
         patch_size = config.get("patch_size", 2)
         require(

@@ -50,7 +50,7 @@ def _dit(layers: int, width: int, heads: int, patch_size: int = 2) -> dict:
 
 
 def _ldm(widths: tuple[int, ...], dim: int, blocks_per_level: int, attention_heads: int, **others) -> Preset:
-    """A U-Net that attends on every level but the first (arXiv:2112.10752), with its noise schedule and first stage."""
+    """A U-Net that attends on every level but the first, with noise schedule and first stage of arXiv:2112.10752."""
     attending = len(widths) - 1
     config = {
         "block_out_channels": widths,

@@ -99,6 +99,6 @@ class UNetBackbone(nn.Module):
             return None
         pipeline = LDMClassToImagePipeline.from_pretrained(folder, vqvae=None)
         known = pipeline.class_embedder.null_class
-        require(known == num_classes, f"the pretrained model knows {known} classes, but the dataset has {num_classes}.")
+        require(known == num_classes, f"the pretrained model has {known} classes, but the dataset has {num_classes}.")
         self.model.load_state_dict(pipeline.unet.state_dict())
         return pipeline.class_embedder.embedding.weight.detach()

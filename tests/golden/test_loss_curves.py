@@ -19,6 +19,7 @@ import torch
 HERE = Path(__file__).parent
 RUNS = {
     "digits_dit_mini": ["train_class_cond", "--corruption_ratio", "0.1"],
+    "digits_ldm": ["train_class_cond", "--recipe", "digits_ldm", "--corruption_ratio", "0.1"],
     "digits_kl": ["train_autoencoder", "--recipe", "digits_kl"],
     "digits_vq": ["train_autoencoder", "--recipe", "digits_vq"],
 }

@@ -67,7 +67,9 @@ def test_output_types_agree(pipeline):
     tensors = draw(pipeline, output_type="pt")
     assert np.array_equal(tensors.permute(0, 2, 3, 1).numpy(), arrays)
     pictures = draw(pipeline, output_type="pil")
-    assert np.array_equal(np.stack([np.array(picture) for picture in pictures]), (arrays * 255).round().astype("uint8"))
+    assert np.array_equal(
+        np.stack([np.array(picture) for picture in pictures]), (arrays * 255).round().astype("uint8")
+    )
     latents = draw(pipeline, output_type="latent")
     assert latents.shape == (3, 3, 8, 8)
     # The first stage's own factor is undone before it decodes.

@@ -14,6 +14,29 @@ def tiny_denoiser(tmp_path_factory) -> str:
     return str(path)
 
 
+@pytest.fixture(scope="session")
+def tiny_unet(tmp_path_factory) -> str:
+    """A U-Net configuration far smaller than the miniature."""
+    path = tmp_path_factory.mktemp("config") / "unet.json"
+    config = {
+        "_class_name": "UNet2DConditionModel",
+        "block_out_channels": [16, 32],
+        "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
+        "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
+        "layers_per_block": 1,
+        "cross_attention_dim": 24,
+        "norm_num_groups": 8,
+    }
+    path.write_text(json.dumps(config))
+    return str(path)
+
+
+@pytest.fixture
+def tiny_ldm(tiny, tiny_unet) -> list[str]:
+    """The flags of `tiny` with a U-Net and a VQ first stage."""
+    return [*tiny, "--denoiser", tiny_unet, "--pretrained_vae_model_name_or_path", "digits-vq"]
+
+
 @pytest.fixture
 def tiny(tmp_path, tiny_denoiser) -> list[str]:
     """Flags of a run of six steps on digits, without trackers, into tmp_path / "run"."""

@@ -316,3 +316,12 @@ def test_draws_ignore_the_global_seed(name):
     first = DRAWS[name](keys, 0)
     torch.manual_seed(2)
     assert torch.equal(DRAWS[name](keys, 0), first)
+
+
+def test_numpy_and_torch_evaluate_the_same_bijection():
+    counter = [torch.randint(0, 2**32, (5, 7), generator=torch.manual_seed(part)) for part in range(4)]
+    counter[1] = counter[1][:1, :1]  # as the epoch is: it broadcasts
+    in_torch = randomness.philox_4x32(counter, (0xDEADBEEF, 0xFFFFFFFF))
+    in_numpy = randomness.philox_4x32([part.numpy() for part in counter], (0xDEADBEEF, 0xFFFFFFFF))
+    for one, other in zip(in_torch, in_numpy, strict=True):
+        assert one.tolist() == other.tolist()

@@ -1,0 +1,144 @@
+"""Model cards: what was trained, with which corruption and CEP, and how to load it."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from huggingface_hub import ModelCard, ModelCardData
+
+
+# Stands in a card's example where nobody knows yet where the folder will be.
+UNKNOWN_PLACE = "PATH_OR_ID_OF_THIS_FOLDER"
+
+
+def loading_code(pipeline, location: str | Path) -> str:
+    """How to load a class-conditional pipeline from a folder or Hub id with diffusers alone, and draw an image."""
+    in_diffusers = type(pipeline).__module__.startswith("diffusers.")
+    trust = "" if in_diffusers else ", trust_remote_code=True"
+    return f"""from diffusers import DiffusionPipeline
+
+pipeline = DiffusionPipeline.from_pretrained("{location}"{trust})
+image = pipeline(class_labels=[0], num_inference_steps=50).images[0]
+"""
+
+
+def model_card(
+    title: str,
+    settings: dict[str, object],
+    class_names: Sequence[str],
+    picture: str,
+    *,
+    pipeline,
+    tags: Sequence[str] = (),
+    repo_id: str | None = None,
+) -> ModelCard:
+    """A model card: what was trained, with which corruption and CEP, the sample grid, and how to load it.
+
+    Args:
+        settings: what the table lists, in order, a name and a value. picture: the grid's path inside the folder.
+        pipeline: what the folder holds. tags: beside those that every card has. repo_id: where it is pushed to.
+    """
+    shown = ", ".join(class_names[:10]) + (", …" if len(class_names) > 10 else "")
+    tags = ["class-conditional", *tags, f"diffusers:{type(pipeline).__name__}"]
+    return ModelCard(
+        f"""{_front_matter(tags, "unconditional-image-generation")}
+# {title}
+
+A class-conditional latent diffusion model trained with noisycond, after *Slight Corruption in Pre-training Data Makes
+Better Diffusion Models* ([arXiv:2405.20494](https://arxiv.org/abs/2405.20494)).
+
+![samples]({picture})
+
+```py
+{loading_code(pipeline, repo_id or UNKNOWN_PLACE)}```
+
+{len(class_names)} classes: {shown}
+
+{_table(settings)}
+"""
+    )
+
+
+def first_stage_card(
+    title: str, settings: dict[str, object], picture: str, *, model_class: str, repo_id: str | None = None
+) -> ModelCard:
+    """The card of an autoencoder; see [`model_card`]."""
+    return ModelCard(
+        f"""{_front_matter(["autoencoder", f"diffusers:{model_class}"])}
+# {title}
+
+An autoencoder trained with noisycond: the first stage of a latent diffusion model. The picture has images above their
+reconstructions.
+
+![reconstructions]({picture})
+
+```py
+from diffusers import {model_class}
+
+first_stage = {model_class}.from_pretrained("{repo_id or UNKNOWN_PLACE}")
+```
+
+{_table(settings)}
+"""
+    )
+
+
+def class_conditional_card(pipeline, args, class_names: Sequence[str], result, repo_id: str | None) -> ModelCard:
+    """The card of a run: recipe, data, model, corruption and CEP.
+
+    Args:
+        pipeline: what was exported. args: the resolved arguments. result: how training ended, with the counts of the
+            corruption. repo_id: see [`model_card`].
+    """
+    dataset = public_name(args.dataset_name or args.train_data_dir)
+    corruption, perturbation = "none", "off"
+    if args.corruption_ratio:
+        corruption = f"ratio {args.corruption_ratio}, {args.corruption_type}, {args.corruption_mode}"
+    if args.cep_gamma:
+        null = "" if args.cep_perturb_null else ", not on the null embedding"
+        perturbation = f"γ = {args.cep_gamma}, {args.cep_type}, {args.cep_mode}{null}"
+    baselines = ("input_perturbation", "embedding_dropout", "label_smoothing", "snr_gamma")
+    settings = {
+        "recipe": public_name(args.recipe or "none"),
+        "dataset": dataset,
+        "resolution": args.resolution,
+        "denoiser": public_name(args.denoiser),
+        "first stage": public_name(args.pretrained_vae_model_name_or_path),
+        "optimizer steps": result.step,
+        "corruption": corruption,
+        "realized corruption ratio": f"{result.totals['corruption']['realized_ratio']:.4f}",
+        "CEP": perturbation,
+        **{name.replace("_", " "): getattr(args, name) for name in baselines if getattr(args, name)},
+        "prediction type": args.prediction_type,
+        "condition dropout": args.conditioning_dropout_prob,
+        "seed": args.seed,
+    }
+    features = {"condition-corruption": args.corruption_ratio, "condition-embedding-perturbation": args.cep_gamma}
+    return model_card(
+        f"{settings['denoiser']} on {dataset}",
+        settings,
+        class_names,
+        "samples/final.png",
+        pipeline=pipeline,
+        tags=[tag for tag, strength in features.items() if strength],
+        repo_id=repo_id,
+    )
+
+
+def public_name(name_or_path: str) -> str:
+    """A name or Hub id as it is; of a path on this machine the last part, for a card is read elsewhere."""
+    path = Path(name_or_path)
+    is_path = path.is_absolute() or name_or_path.startswith((".", "~")) or path.exists()
+    return path.resolve().name if is_path else name_or_path
+
+
+def _front_matter(tags: list[str], pipeline_tag: str | None = None) -> str:
+    data = ModelCardData(
+        license="apache-2.0", library_name="diffusers", pipeline_tag=pipeline_tag, tags=["noisycond", *tags]
+    )
+    return f"---\n{data.to_yaml()}\n---\n"
+
+
+def _table(settings: dict[str, object]) -> str:
+    return "| setting | value |\n| --- | --- |\n" + "\n".join(
+        f"| {name} | {value} |" for name, value in settings.items()
+    )
