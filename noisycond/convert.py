@@ -6,25 +6,25 @@ python -m noisycond.convert SOURCE OUTPUT_DIR
 import json
 import logging
 import sys
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 import yaml
 from diffusers import DiffusionPipeline, DiTPipeline
 
 from noisycond.arguments import Arguments, flag, parse_arguments
-from noisycond.denoisers.dit import STOCK_NULL_CLASS
+from noisycond.cards import loading_code, public_name
 from noisycond.errors import InputError, one_sentence_errors, require, writing
 from noisycond.export import export_pipeline, sampling_scheduler
 from noisycond.first_stage import open_first_stage
-from noisycond.noise_schedule import named_schedule
 from noisycond.objective import DiffusionObjective, make_betas
 from noisycond.originals.dit import convert_dit
+from noisycond.originals.folders import open_dit_folder, open_ldm_folder
 from noisycond.originals.ldm import Settings, convert_ldm, read_settings
 from noisycond.originals.reading import read_weights, recognize
 from noisycond.pipelines import LDMClassToImagePipeline, OriginalDiTPipeline
-from noisycond.sampling import OWN_PIPELINES, pipeline_class_name
+from noisycond.sampling import known_classes, pipeline_class_name
 
 
 logger = logging.getLogger(__name__)
@@ -144,120 +144,32 @@ def convert(args: ConvertArguments) -> tuple[DiffusionPipeline, list[str] | None
     if kind == "ldm":
         settings = read_settings(read_yaml(args.config), Path(args.config)) if args.config else Settings()
         settings.attention_heads = args.attention_heads or settings.attention_heads
-        pipeline = convert_ldm(
-            state,
-            path,
-            settings,
-            resolution=args.resolution or 256,
-            scaling_factor=args.scaling_factor,
-            first_stage=first_stage,
-        )
-        names = None
+        options = {"scaling_factor": args.scaling_factor, "first_stage": first_stage}
+        pipeline = convert_ldm(state, path, settings, resolution=args.resolution or 256, **options)
     elif kind == "dit":
-        transformer = convert_dit(state, path, args.attention_heads)
-        objective = DiffusionObjective(make_betas(*DIT_SCHEDULE.values(), 1000))
-        kind_of_pipeline = DiTPipeline if args.stock else OriginalDiTPipeline
-        if args.stock:
-            logger.warning(
-                "Stock diffusers embeds timesteps with other frequencies than the original DiT, the more so the later "
-                "the timestep: predictions differ. Without --stock they are the same."
-            )
-        pipeline = kind_of_pipeline(transformer, first_stage, sampling_scheduler(objective, DIT_SCHEDULE))
-        names = None
-    elif kind == "ldm folder":
-        pipeline, names = open_ldm_folder(args, first_stage)
+        pipeline = build_dit(args, convert_dit(state, path, args.attention_heads), first_stage)
     else:
-        pipeline, names = open_dit_folder(args, first_stage)
+        open_folder = open_ldm_folder if kind == "ldm folder" else open_dit_folder
+        pipeline = open_folder(args.source, first_stage, args.scaling_factor)
     check_first_stage(args, pipeline)
     if args.id2label is not None:
         names = read_names(Path(args.id2label))
+    else:
+        names = names_of_index(args.source) if kind.endswith("folder") else None
     check_names(args, pipeline, names)
     return pipeline, names
 
 
-def open_ldm_folder(args: ConvertArguments, first_stage) -> tuple[LDMClassToImagePipeline, list[str] | None]:
-    """A class-conditional LDM in any layout, with a scheduler that does not clip latents."""
-    given = {} if first_stage is None else {"vqvae": first_stage}
-    try:
-        pipeline = LDMClassToImagePipeline.from_pretrained(args.source, scaling_factor=args.scaling_factor, **given)
-    except (OSError, ValueError) as error:
-        raise InputError(f"SOURCE {args.source}: {' '.join(str(error).split())}") from error
-    require(
-        pipeline.vqvae is not None,
-        f"SOURCE {args.source}: its model_index.json declares no first stage; name one with --first_stage.",
+def build_dit(args: ConvertArguments, transformer, first_stage) -> DiTPipeline:
+    """The pipeline of an original DiT, with the noise schedule of its paper."""
+    scheduler = sampling_scheduler(DiffusionObjective(make_betas(*DIT_SCHEDULE.values(), 1000)), DIT_SCHEDULE)
+    if not args.stock:
+        return OriginalDiTPipeline(transformer, first_stage, scheduler)
+    logger.warning(
+        "Stock diffusers embeds timesteps with other frequencies than the original DiT: predictions differ, the more "
+        "so the later the timestep. Without --stock they are the same."
     )
-    logger.info("Stock diffusers has no class for %s; the converted folder carries its own.", args.source)
-    return pipeline, _usual(pipeline, names_of_index(args.source))
-
-
-def open_dit_folder(args: ConvertArguments, first_stage) -> tuple[DiTPipeline, list[str] | None]:
-    """A DiT pipeline whose null embedding stands where the stock pipeline looks for it, with a scheduler that does not
-    clip latents. Says what stock diffusers does with it as it is."""
-    index = DiffusionPipeline.load_config(args.source)
-    given = {} if first_stage is None else {"vae": first_stage}
-    for name, value in index.items():
-        is_component = isinstance(value, list) and name != "_class_name" and value[1] is not None
-        is_missing = Path(args.source).is_dir() and not (Path(args.source) / name).is_dir()
-        require(
-            not (is_component and is_missing and name not in given), f"SOURCE {args.source}: {name}/ is missing there."
-        )
-    try:
-        pipeline = DiTPipeline.from_pretrained(args.source, **given)
-    except (OSError, ValueError, RuntimeError, AttributeError, KeyError, TypeError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise InputError(f"SOURCE {args.source}: diffusers cannot open it ({reason}).") from error
-    if first_stage is None and args.scaling_factor is not None:
-        pipeline.vae.register_to_config(scaling_factor=args.scaling_factor)
-    rows = place_null_class(pipeline, args.source)
-    if rows != STOCK_NULL_CLASS + 1:
-        logger.warning(
-            "Stock diffusers opens %s, but fails when it guides: it looks for the null class in row %d of tables of "
-            "%d rows. It is placed there.",
-            args.source,
-            STOCK_NULL_CLASS,
-            rows,
-        )
-    else:
-        logger.info("Stock diffusers opens and guides %s as it is.", args.source)
-    return pipeline, _usual(pipeline, names_of_index(args.source))
-
-
-def place_null_class(pipeline: DiTPipeline, source: str) -> int:
-    """Makes every block's table one of 1001 rows, the null embedding in row 1000 and in the rows after the classes.
-
-    Returns:
-        The number of rows before.
-    """
-    tables = [block.norm1.emb.class_embedder for block in pipeline.transformer.transformer_blocks]
-    rows = len(tables[0].embedding_table.weight)
-    require(
-        rows - 1 <= STOCK_NULL_CLASS,
-        f"SOURCE {source}: it has {rows - 1} classes, but DiTPipeline holds {STOCK_NULL_CLASS} at most.",
-    )
-    if rows - 1 == STOCK_NULL_CLASS:
-        return rows
-    for embedder in tables:
-        table = embedder.embedding_table.weight.data
-        null = table[-1:].expand(STOCK_NULL_CLASS + 1 - rows, -1)
-        embedder.embedding_table = torch.nn.Embedding.from_pretrained(torch.cat([table, null]), freeze=False)
-        embedder.num_classes = STOCK_NULL_CLASS
-    pipeline.transformer.register_to_config(num_embeds_ada_norm=STOCK_NULL_CLASS)
-    return rows
-
-
-def _usual(pipeline: DiffusionPipeline, names: list[str] | None) -> list[str] | None:
-    """Mends the scheduler in place: latents unclipped, and a schedule by name where its betas are spelled out."""
-    config, changed = pipeline.scheduler.config, {}
-    if config.get("clip_sample"):
-        changed["clip_sample"] = False
-        logger.warning("The scheduler clips x_0 to [-1, 1], which is wrong for latents; the converted one does not.")
-    if config.get("trained_betas") is not None:
-        named = named_schedule(config["trained_betas"])
-        if named is not None:
-            changed |= {"trained_betas": None, **named}
-            logger.info("The scheduler's %d betas are the schedule %s.", len(config["trained_betas"]), named)
-    pipeline.scheduler = type(pipeline.scheduler).from_config(config, **changed)
-    return names
+    return DiTPipeline(transformer, first_stage, scheduler)
 
 
 def check_first_stage(args: ConvertArguments, pipeline: DiffusionPipeline) -> None:
@@ -278,11 +190,7 @@ def check_names(args: ConvertArguments, pipeline: DiffusionPipeline, names: list
     """Raises InputError where there are more or fewer names than classes."""
     if names is None:
         return
-    if isinstance(pipeline, LDMClassToImagePipeline):
-        known = pipeline.class_embedder.null_class
-    else:
-        table = pipeline.transformer.transformer_blocks[0].norm1.emb.class_embedder.embedding_table.weight
-        known = int((table != table[-1]).any(dim=1).nonzero().max()) + 1
+    known = known_classes(pipeline)
     where = f"--id2label {args.id2label}" if args.id2label else f"SOURCE {args.source}: its id2label"
     require(
         len(names) == known,
@@ -299,7 +207,10 @@ def names_of_index(source: str) -> list[str] | None:
 
 def read_names(path: Path) -> list[str]:
     """Class names by label, from a JSON or text file."""
-    text = path.read_text(encoding="utf-8")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"--id2label {path}: no text in UTF-8 ({error}).") from error
     if path.suffix != ".json":
         return text.split("\n")[:-1] if text.endswith("\n") else text.split("\n")
     try:
@@ -340,15 +251,14 @@ def main(argv: list[str] | None = None) -> None:
     logging.basicConfig(format="%(message)s")
     logging.getLogger("noisycond").setLevel(logging.INFO)
     pipeline, names = convert(args)
+    # What is exported names its source as it was given, not where this machine keeps it.
+    for name, part in {"": pipeline, **pipeline.components}.items():
+        is_given = args.first_stage is not None and name in ("vae", "vqvae")
+        part.register_to_config(_name_or_path=public_name(args.first_stage if is_given else args.source))
     with writing(f"OUTPUT_DIR {args.output_dir}", "the pipeline"):
         export_pipeline(pipeline, Path(args.output_dir), names)
-    trust = ", trust_remote_code=True" if type(pipeline).__name__ in OWN_PIPELINES else ""
-    print(
-        f"\nPipeline: {args.output_dir}\n\nLoad it with plain diffusers:\n\n"
-        "    from diffusers import DiffusionPipeline\n"
-        f'    pipeline = DiffusionPipeline.from_pretrained("{args.output_dir}"{trust})\n'
-        "    image = pipeline([207]).images[0]\n"
-    )
+    code = textwrap.indent(loading_code(pipeline, args.output_dir), "    ")
+    print(f"\nPipeline: {args.output_dir}\n\nLoad it with plain diffusers:\n\n{code}")
 
 
 if __name__ == "__main__":

@@ -119,19 +119,28 @@ def set_scheduler(pipeline: DiffusionPipeline, name: str) -> None:
 def number_of_classes(pipeline: DiffusionPipeline, name_or_path: str) -> int:
     """K: the length of `id2label` where the folder has one, else the number of class embeddings.
 
-    The stock pipeline drops `id2label` when it saves; the rows of a smaller model's table that are filled with the
-    null embedding (the last row) are no classes then either.
-
     Raises:
         InputError: a pipeline that is neither built on a DiT nor on a class embedder tells neither.
     """
     names = DiffusionPipeline.load_config(name_or_path).get("id2label")
     if isinstance(names, dict):
         return len(names)
+    known = known_classes(pipeline)
+    if known is None:
+        raise InputError(f"--pipeline {name_or_path}: it has no id2label, so its number of classes is not known.")
+    return known
+
+
+def known_classes(pipeline: DiffusionPipeline) -> int | None:
+    """The number of class embeddings; None for a pipeline that is neither built on a DiT nor on a class embedder.
+
+    The stock pipeline drops `id2label` when it saves; the rows of a smaller model's table that are filled with the
+    null embedding (the last row) are no classes then either.
+    """
     if isinstance(pipeline, LDMClassToImagePipeline):
         return pipeline.class_embedder.null_class
     if not isinstance(getattr(pipeline, "transformer", None), DiTTransformer2DModel):
-        raise InputError(f"--pipeline {name_or_path}: it has no id2label, so its number of classes is not known.")
+        return None
     table = pipeline.transformer.transformer_blocks[0].norm1.emb.class_embedder.embedding_table.weight
     return int((table != table[-1]).any(dim=1).nonzero().max()) + 1
 

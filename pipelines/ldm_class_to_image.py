@@ -305,9 +305,9 @@ class LDMClassToImagePipeline(DiffusionPipeline):
 
         The class embedder is found by the class that `model_index.json` declares for it (`ClassEmbedder`), whatever
         its folder and its parameter are called, and the number of classes by the table's shape; the first stage is
-        found in the same way (`VQModel` or `AutoencoderKL`). A first stage whose configuration states no scaling
-        factor gets 1: LDM-4 uses its latents as they are, while diffusers would fill in 0.18215. What is used is
-        logged. No code of the folder is run.
+        found in the same way (`VQModel` or `AutoencoderKL`). A VQ first stage whose configuration states no scaling
+        factor gets 1: LDM-4 uses its latents as they are, while diffusers would fill in 0.18215, a KL autoencoder's.
+        What is used is logged. No code of the folder is run.
 
         Args:
             pretrained_model_name_or_path: a folder or a Hub id.
@@ -451,7 +451,9 @@ def _dtype_for(component: str, kwargs: dict) -> torch.dtype:
 
 def _set_scaling_factor(vqvae, config_file: Path, wanted: float | None, quiet: bool) -> None:
     stated = _read_json(config_file).get("scaling_factor")
-    used = next((value for value in (wanted, stated) if value is not None), 1.0)
+    # diffusers fills in 0.18215, which is right for a KL autoencoder alone.
+    unstated = 1.0 if isinstance(vqvae, VQModel) else vqvae.config.scaling_factor
+    used = next(value for value in (wanted, stated, unstated) if value is not None)
     vqvae.register_to_config(scaling_factor=used)
     source = (
         "as asked" if wanted is not None else "of its configuration" if stated is not None else "as none is stated"

@@ -11,6 +11,7 @@ from noisycond.denoisers.dit import DiTBackbone
 from noisycond.denoisers.unet import UNetBackbone
 from noisycond.errors import InputError, closest, require
 from noisycond.noise_schedule import named_schedule
+from noisycond.pipelines import OriginalDiTPipeline
 
 
 BACKBONES = (DiTBackbone, UNetBackbone)
@@ -116,6 +117,12 @@ def find_denoiser(name: str) -> DenoiserSource:
             config = DiTBackbone.model_class.load_config(name, **options)
         except OSError:
             continue
+        # The trainer's DiT embeds timesteps as stock diffusers does.
+        require(
+            OriginalDiTPipeline.__name__ not in str(_index(name).get("_class_name")),
+            f"--denoiser {name}: its timestep embedding is that of DiT's own code, which cannot be trained here; "
+            "convert the weights anew with --stock.",
+        )
         preset = _with_noise_schedule(_preset_from_config(name, config, is_pretrained=True), name)
         return DenoiserSource(preset, name, subfolder, _id2label(name))
     models = " or ".join(backbone.model_class.__name__ for backbone in BACKBONES)
@@ -182,9 +189,14 @@ def _with_noise_schedule(preset: Preset, name: str) -> Preset:
     return replace(preset, **{key: config[key] for key in known if key in config})
 
 
-def _id2label(name: str) -> dict[int, str] | None:
+def _index(name: str) -> dict:
+    """The index of a pipeline; empty where there is none."""
     try:
-        names = DiffusionPipeline.load_config(name).get("id2label")
+        return DiffusionPipeline.load_config(name)
     except OSError:
-        return None
+        return {}
+
+
+def _id2label(name: str) -> dict[int, str] | None:
+    names = _index(name).get("id2label")
     return {int(label): title for label, title in names.items()} if isinstance(names, dict) else None

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from noisycond.errors import InputError, require
@@ -41,7 +42,7 @@ def read_weights(path: Path) -> tuple[StateDict, str]:
     Raises:
         InputError: no such file, not readable in this way (the message says how to strip it), or without weights.
     """
-    content = load_file(path) if path.suffix == ".safetensors" else _unpickle(path)
+    content = _read_safetensors(path) if path.suffix == ".safetensors" else _unpickle(path)
     for wrapper in WRAPPERS:
         if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
             content, entry = content[wrapper], wrapper
@@ -55,6 +56,13 @@ def read_weights(path: Path) -> tuple[StateDict, str]:
         if all(name.startswith(prefix) for name in state):
             state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
     return state, entry
+
+
+def _read_safetensors(path: Path) -> StateDict:
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{path}: cannot be read as safetensors ({' '.join(str(error).split())}).") from error
 
 
 def _unpickle(path: Path):

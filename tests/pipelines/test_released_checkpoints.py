@@ -131,7 +131,10 @@ def test_a_kl_first_stage_is_found(folder):
     shutil.rmtree(folder / "vqvae")
     vae.save_pretrained(folder / "vae")
     change_json(folder / "model_index.json", vqvae=None, vae=["diffusers", "AutoencoderKL"])
-    assert type(LDMClassToImagePipeline.from_pretrained(folder).vqvae) is AutoencoderKL
+    for stated, used in ((None, 0.18215), (0.5, 0.5)):
+        change_json(folder / "vae/config.json", scaling_factor=stated)
+        found = LDMClassToImagePipeline.from_pretrained(folder).vqvae
+        assert type(found) is AutoencoderKL and found.config.scaling_factor == used
 
 
 def remove(name: str):

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +15,8 @@ from original_models import OriginalAutoencoder, OriginalDiT, OriginalUNet, ldm_
 from released_layout import change_json, write_dit, write_json, write_ldm
 
 import noisycond.convert  # noqa: F401
+from noisycond.denoisers import build_denoiser, find_denoiser
+from noisycond.errors import InputError
 from noisycond.pipelines import LDMClassToImagePipeline, OriginalDiTPipeline
 
 
@@ -74,6 +77,8 @@ def test_a_stranger_opens_what_was_converted(sources, script, tmp_path):
     assert np.abs(np.load(f"{names[0]}.npy") - draw(source)).max() < 1e-5
     for name, kind in ((names[1], LDMClassToImagePipeline), (names[2], OriginalDiTPipeline)):
         assert np.array_equal(np.load(f"{name}.npy"), draw(kind.from_pretrained(name)))
+    written = "".join(path.read_text() for name in names for path in Path(name).rglob("*.json"))
+    assert str(sources) not in written and str(tmp_path) not in written
     index = json.loads((tmp_path / "ldm/model_index.json").read_text())
     assert index["id2label"]["7"] == "class 7" and index["class_embedder"][1] == "ClassEmbedder"
     scheduler = json.loads((tmp_path / "ldm/scheduler/scheduler_config.json").read_text())
@@ -94,6 +99,10 @@ def test_an_original_dit_predicts_the_same_through_its_folder(sources, script, t
     assert (found - original(noisy, timesteps, labels)).abs().max() < 1e-5
     assert pipeline.vae.config.scaling_factor == 0.3
     script(CONVERT, sources / "dit.pt", tmp_path / "stock", *words, "--stock")
+    with pytest.raises(InputError, match="--denoiser .*convert the weights anew with --stock"):
+        find_denoiser(str(tmp_path / "x"))
+    names = [str(label) for label in range(10)]
+    build_denoiser(find_denoiser(str(tmp_path / "stock")), class_names=names, latent_channels=4, latent_size=8)
     stock = DiffusionPipeline.from_pretrained(tmp_path / "stock")
     assert type(stock) is DiTPipeline and not list((tmp_path / "stock").rglob("*.py"))
     assert np.abs(draw(stock) - draw(pipeline)).max() > 1e-3
@@ -140,7 +149,9 @@ def test_a_configuration_is_used(sources, script, tmp_path):
 
 def test_another_first_stage(sources, script, refused, tmp_path):
     script(CONVERT, sources / "ldm", tmp_path / "x", "--first_stage", "digits-vq", "--scaling_factor", 0.7)
-    assert LDMClassToImagePipeline.from_pretrained(tmp_path / "x").vqvae.config.scaling_factor == 0.7
+    config = json.loads((tmp_path / "x/vqvae/config.json").read_text())
+    assert config["scaling_factor"] == 0.7 and config["_name_or_path"] == "digits-vq"
+    assert json.loads((tmp_path / "x/unet/config.json").read_text())["_name_or_path"] == "ldm"
     sentence = refused(CONVERT, sources / "ldm", tmp_path / "y", "--first_stage", sources / "vae")
     assert f"--first_stage {sources / 'vae'}" in sentence and "4 channels" in sentence and "3." in sentence
     assert "--first_stage nowhere: neither" in refused(
@@ -165,6 +176,8 @@ CASES = [
     (["ldm", "OUT", "--id2label", "nine.txt"], ["nine.txt has 9 names", "10 classes"]),
     (["dit10", "OUT", "--id2label", "nine.txt"], ["nine.txt has 9 names", "10 classes"]),
     (["ldm", "OUT", "--id_to_label", "x"], ["unknown flag --id_to_label", "--id2label"]),
+    (["ldm", "OUT", "--id2label", "adapter.pt"], ["adapter.pt: no text in UTF-8"]),
+    (["broken.safetensors", "OUT"], ["broken.safetensors: cannot be read as safetensors"]),
     (["adapter.pt", "OUT"], ["adapter.pt", "another architecture", "body.0.weight", "expected"]),
     (["sd.ckpt", "OUT"], ["another condition than classes (cond_stage_model.transformer.*)"]),
 ]
@@ -176,6 +189,7 @@ def test_bad_input(sources, refused, tmp_path, words, found):
     write_json(tmp_path / "OTHER/model_index.json", {"_class_name": "StableDiffusionPipeline"})
     write_json(tmp_path / "FULL/x.json", {})
     (tmp_path / "nine.txt").write_text("".join(f"class {label}\n" for label in range(9)))
+    (tmp_path / "broken.safetensors").write_bytes(b"x" * 20)
     torch.save({"body.0.weight": torch.zeros(1)}, tmp_path / "adapter.pt")
     names = ("model.diffusion_model.out.2.bias", "cond_stage_model.transformer.text_model.x")
     torch.save({"state_dict": {name: torch.zeros(1) for name in names}}, tmp_path / "sd.ckpt")

@@ -10,7 +10,10 @@ import torch
 from diffusers import DiffusionPipeline
 from launching import launch
 from PIL import Image
+from released_layout import change_json, write_ldm
 from safetensors.torch import load_file, save_file
+
+import noisycond.convert  # noqa: F401
 
 
 FLAGS = ["--num_images", 20, "--batch_size", 6, "--num_inference_steps", 3, "--cpu_threads_per_process", 1]
@@ -170,9 +173,6 @@ def test_an_ldm_is_drawn_from_without_trust_and_without_its_code(script, refused
 
 
 def test_a_released_ldm_and_its_conversion_give_the_same_and_train_on(script, refused, tmp_path):
-    import noisycond.convert  # noqa: F401
-    from released_layout import change_json, write_ldm
-
     released = write_ldm(tmp_path / "released", embedder="cond_stage_model")
     change_json(released / "scheduler/scheduler_config.json", clip_sample=False)
     script("noisycond.convert", released, tmp_path / "converted")
@@ -188,9 +188,8 @@ def test_a_released_ldm_and_its_conversion_give_the_same_and_train_on(script, re
     folder = tmp_path / "next"
     write_tiny_ldm(folder, script, *flags)
     for name in ("unet", "class_embedder"):
-        before, after = (
-            load_file(where / name / "diffusion_pytorch_model.safetensors") for where in (tmp_path / "converted", folder)
-        )
+        files = [where / name / "diffusion_pytorch_model.safetensors" for where in (tmp_path / "converted", folder)]
+        before, after = map(load_file, files)
         assert before.keys() == after.keys()
         assert all((before[key] - after[key]).abs().max() < 1e-6 for key in before), name
     assert json.loads((folder / "scheduler/scheduler_config.json").read_text())["beta_schedule"] == "scaled_linear"

@@ -4,6 +4,7 @@ import collections
 import pickle
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, VQModel
@@ -276,7 +277,7 @@ def test_objects_of_other_libraries_are_not_run(tmp_path):
         "state_dict": {"a": torch.ones(2)},
         "callbacks": {Callback: {"best": torch.ones(1)}},
         "args": SimpleNamespace(lr=1e-4),
-        "hyper_parameters": {"x": Callback()},
+        "hyper_parameters": {"x": Callback(), "best": np.float64(0.5)},
     }
     path = save(content, tmp_path)
     with pytest.raises(pickle.UnpicklingError):
@@ -310,7 +311,7 @@ def test_what_cannot_be_read_safely_is_refused(content, tmp_path):
 @pytest.mark.parametrize(
     "names, words",
     [
-        (["model.diffusion_model.out.2.bias", "cond_stage_model.transformer.x"], r"\(cond_stage_model.transformer\.\*\)"),
+        (["model.diffusion_model.x", "cond_stage_model.transformer.y"], r"\(cond_stage_model.transformer\.\*\)"),
         (["model.diffusion_model.out.2.bias"], "without a class embedding"),
         (["adapter.body.0.weight", "adapter.conv_in.weight"], "another architecture.*adapter.body.0.weight"),
         (["x_embedder.proj.weight", "blocks.0.attn.qkv.weight"], "another architecture"),
