@@ -10,6 +10,7 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, VQModel
 from original_models import OriginalAutoencoder, OriginalDiT, OriginalUNet, ldm_state, shaken
 
+from noisycond.denoisers import PRESETS
 from noisycond.errors import InputError
 from noisycond.noise_schedule import named_schedule
 from noisycond.objective import make_betas
@@ -92,6 +93,23 @@ def test_a_first_stage_does_what_the_original_does(shape, tmp_path):
         assert (found.encode(images).latents - wanted).abs().max() < 1e-5
     wanted = original.decode(latents)
     assert wanted.std() > 0.1 and (found.decode(latents).sample - wanted).abs().max() < 3e-5
+
+
+def test_the_models_of_the_papers_are_recognized_by_their_shapes(tmp_path):
+    """At full size, without values."""
+    with torch.device("meta"):
+        original = OriginalUNet((192, 384, 576, 960), (False, True, True, True), context=512)
+        unet = convert_unet(original.state_dict(), tmp_path / "x", Settings(), 64)
+        first_stage = convert_first_stage(
+            OriginalAutoencoder((128, 256, 512), codes=8192).state_dict(), tmp_path / "x", 256
+        )
+    config = PRESETS["ldm-4"].config
+    found = {
+        key: tuple(unet.config[key]) if isinstance(value, tuple) else unet.config[key] for key, value in config.items()
+    }
+    assert found == config
+    assert abs(sum(value.numel() for value in unet.parameters()) / 400.9e6 - 1) < 0.001
+    assert first_stage.config.num_vq_embeddings == 8192 and first_stage.config.layers_per_block == 2
 
 
 def save(content, tmp_path, name: str = "x.ckpt"):
