@@ -46,7 +46,9 @@ class GenerateArguments(Arguments):
     image_format: Literal["png", "jpg", "webp"] = flag("png", "File format; metrics want png, which loses nothing.")
     seed: int = flag(0, "Seed of noise and random classes.")
     torch_dtype: Literal["float32", "float16", "bfloat16"] = flag("float32", "Precision of the pipeline's weights.")
-    trust_remote_code: bool = flag(False, "Allow a pipeline that brings its own code.")
+    trust_remote_code: bool = flag(
+        False, "Allow a pipeline that brings code of others; our own classes are opened without it."
+    )
     cpu_threads_per_process: int | None = flag(None, "Threads on CPU; by default the cores are shared.")
 
     def __post_init__(self):

@@ -44,14 +44,15 @@ def class_pipeline(
 
 
 def export_pipeline(
-    pipeline: DiffusionPipeline, folder: Path, class_names: Sequence[str], card: ModelCard | None = None
+    pipeline: DiffusionPipeline, folder: Path, class_names: Sequence[str] | None, card: ModelCard | None = None
 ) -> None:
     """Writes a pipeline folder, safetensors only: every component is written aside first and then moved into place,
     the index last, so that an interrupted export leaves no folder that half loads.
 
     Args:
         folder: may hold other files (checkpoints, logs), which stay.
-        class_names: go into `model_index.json` as `id2label`, which the stock pipeline reads and does not write.
+        class_names: go into `model_index.json` as `id2label`, which the stock pipeline reads and does not write; None
+            leaves it as the pipeline writes it.
     """
     folder.mkdir(parents=True, exist_ok=True)
     making = folder / ".export.tmp"
@@ -59,7 +60,8 @@ def export_pipeline(
     pipeline.save_pretrained(making, safe_serialization=True)
     index_file = making / "model_index.json"
     index = json.loads(index_file.read_text())
-    index["id2label"] = {str(label): name for label, name in enumerate(class_names)}
+    if class_names is not None:
+        index["id2label"] = {str(label): name for label, name in enumerate(class_names)}
     index_file.write_text(json.dumps(index, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     if card is not None:
         card.save(making / "README.md")

@@ -108,8 +108,10 @@ def state_hash(model: torch.nn.Module) -> str:
     return digest.hexdigest()
 
 
-def open_first_stage(name_or_path: str, seed: int = 0) -> FirstStage:
-    """The first stage that `--pretrained_vae_model_name_or_path` names.
+def open_first_stage(
+    name_or_path: str, seed: int = 0, flag: str = "--pretrained_vae_model_name_or_path"
+) -> FirstStage:
+    """The first stage that a flag names.
 
     Args:
         name_or_path: one that ships here (`digits-kl`, `digits-vq`), a folder or a Hub id; of a whole pipeline its
@@ -139,6 +141,6 @@ def open_first_stage(name_or_path: str, seed: int = 0) -> FirstStage:
             reasons.append(" ".join(str(error).split()))
     shipped = ", ".join(sorted(path.name for path in SHIPPED.glob("*/")))
     raise InputError(
-        f"--pretrained_vae_model_name_or_path {name_or_path}: neither one that ships with noisycond ({shipped}) nor a "
+        f"{flag} {name_or_path}: neither one that ships with noisycond ({shipped}) nor a "
         f"folder or Hub id of an AutoencoderKL or VQModel ({reasons[0]})."
     )

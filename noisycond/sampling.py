@@ -17,7 +17,11 @@ from tqdm import tqdm
 from noisycond import randomness
 from noisycond.errors import InputError, closest
 from noisycond.first_stage import state_hash
+from noisycond.pipelines import LDMClassToImagePipeline, OriginalDiTPipeline
 from noisycond.randomness import Purpose
+
+
+OWN_PIPELINES = {kind.__name__: kind for kind in (LDMClassToImagePipeline, OriginalDiTPipeline)}
 
 
 def balanced_labels(count: int, num_classes: int) -> torch.LongTensor:
@@ -42,7 +46,7 @@ def sample(
     """One batch of images.
 
     Args:
-        pipeline: a class-conditional pipeline (`DiTPipeline`).
+        pipeline: a class-conditional pipeline (`DiTPipeline`, `LDMClassToImagePipeline`).
         class_labels: a label per image. numbers: each image's number, from which, with the seed, its noise is drawn.
     """
     generators = [randomness.generator_for(seed, Purpose.SAMPLING, int(number)) for number in numbers]
@@ -72,13 +76,15 @@ def sample_all(
 
 
 def open_pipeline(name_or_path: str, trust_remote_code: bool = False) -> DiffusionPipeline:
-    """The pipeline in a folder or on the Hub, in float32 and without progress bars.
+    """The pipeline in a folder or on the Hub, in float32 and without progress bars. One of our own classes, exported
+    here or in the layout of the released checkpoints, is opened by the installed class: no code of the folder is run.
 
     Raises:
         InputError: there is none, or it does not take class labels.
     """
     try:
-        pipeline = DiffusionPipeline.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
+        kind = OWN_PIPELINES.get(pipeline_class_name(name_or_path), DiffusionPipeline)
+        pipeline = kind.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())
         raise InputError(f"--pipeline {name_or_path}: diffusers cannot open it ({reason}).") from error
@@ -86,6 +92,16 @@ def open_pipeline(name_or_path: str, trust_remote_code: bool = False) -> Diffusi
         raise InputError(f"--pipeline {name_or_path}: a {type(pipeline).__name__} does not take class labels.")
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def pipeline_class_name(name_or_path: str) -> str | None:
+    """The class that a folder's or Hub id's index declares, without the module it may name beside it.
+
+    Raises:
+        OSError: there is no index.
+    """
+    declared = DiffusionPipeline.load_config(name_or_path).get("_class_name")
+    return declared[-1] if isinstance(declared, (list, tuple)) else declared
 
 
 def set_scheduler(pipeline: DiffusionPipeline, name: str) -> None:
@@ -101,19 +117,30 @@ def set_scheduler(pipeline: DiffusionPipeline, name: str) -> None:
 
 
 def number_of_classes(pipeline: DiffusionPipeline, name_or_path: str) -> int:
-    """K: the length of `id2label` where the folder has one, else the number of class embeddings of the transformer.
-
-    The stock pipeline drops `id2label` when it saves; the rows of a smaller model's table that are filled with the
-    null embedding (the last row) are no classes then either.
+    """K: the length of `id2label` where the folder has one, else the number of class embeddings.
 
     Raises:
-        InputError: a pipeline that is not built on a DiT tells neither.
+        InputError: a pipeline that is neither built on a DiT nor on a class embedder tells neither.
     """
     names = DiffusionPipeline.load_config(name_or_path).get("id2label")
     if isinstance(names, dict):
         return len(names)
-    if not isinstance(getattr(pipeline, "transformer", None), DiTTransformer2DModel):
+    known = known_classes(pipeline)
+    if known is None:
         raise InputError(f"--pipeline {name_or_path}: it has no id2label, so its number of classes is not known.")
+    return known
+
+
+def known_classes(pipeline: DiffusionPipeline) -> int | None:
+    """The number of class embeddings; None for a pipeline that is neither built on a DiT nor on a class embedder.
+
+    The stock pipeline drops `id2label` when it saves; the rows of a smaller model's table that are filled with the
+    null embedding (the last row) are no classes then either.
+    """
+    if isinstance(pipeline, LDMClassToImagePipeline):
+        return pipeline.class_embedder.null_class
+    if not isinstance(getattr(pipeline, "transformer", None), DiTTransformer2DModel):
+        return None
     table = pipeline.transformer.transformer_blocks[0].norm1.emb.class_embedder.embedding_table.weight
     return int((table != table[-1]).any(dim=1).nonzero().max()) + 1
 

@@ -2,6 +2,7 @@
 it, and load where nothing of noisycond is installed."""
 
 from .ldm_class_to_image import ClassEmbedder, LDMClassToImagePipeline
+from .original_dit import OriginalDiTPipeline
 
 
-__all__ = ["ClassEmbedder", "LDMClassToImagePipeline"]
+__all__ = ["ClassEmbedder", "LDMClassToImagePipeline", "OriginalDiTPipeline"]

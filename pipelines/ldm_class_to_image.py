@@ -26,6 +26,7 @@ from safetensors.torch import load_file
 
 logger = logging.get_logger(__name__)
 MODULE = "ldm_class_to_image"  # the name of this file wherever it travels
+FIRST_STAGES = ("VQModel", "AutoencoderKL")
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "token")
 
 
@@ -286,11 +287,15 @@ class LDMClassToImagePipeline(DiffusionPipeline):
 
     @classmethod
     def load_config(cls, pretrained_model_name_or_path, **kwargs):
-        """The index without what only other loaders need: names of modules, and the embedder's folder."""
+        """The index without what diffusers cannot open by itself: names of modules it does not have, the embedder, and
+        a first stage whose folder has another name than ours."""
         loaded = super().load_config(pretrained_model_name_or_path, **kwargs)
         config = loaded[0] if isinstance(loaded, tuple) else loaded
         if "unet" in config:
-            config.pop(_embedder_folder(config, pretrained_model_name_or_path), None)
+            config.pop(_component(config, [ClassEmbedder.__name__]), None)
+            first_stage = _component(config, FIRST_STAGES)
+            if first_stage != "vqvae":
+                config.pop(first_stage, None)
             config["_class_name"] = cls.__name__
         return loaded
 
@@ -299,29 +304,47 @@ class LDMClassToImagePipeline(DiffusionPipeline):
         """Opens an export of noisycond, or a checkpoint in the layout of `DiffusionNoise/ldm_in1k_*`.
 
         The class embedder is found by the class that `model_index.json` declares for it (`ClassEmbedder`), whatever
-        its folder is called, and the table by its shape. A first stage whose configuration states no scaling factor
-        gets 1: LDM-4 uses its latents as they are, while diffusers would fill in 0.18215. What is used is logged.
+        its folder and its parameter are called, and the number of classes by the table's shape; the first stage is
+        found in the same way (`VQModel` or `AutoencoderKL`). A VQ first stage whose configuration states no scaling
+        factor gets 1: LDM-4 uses its latents as they are, while diffusers would fill in 0.18215, a KL autoencoder's.
+        What is used is logged. No code of the folder is run.
 
         Args:
             pretrained_model_name_or_path: a folder or a Hub id.
             scaling_factor (`float`, *optional*): of the first stage, instead of the configuration's.
-            The others are those of [`DiffusionPipeline.from_pretrained`].
+            The others are those of [`DiffusionPipeline.from_pretrained`]; a component that is passed is not looked
+            for, and `vqvae=None` opens what lacks a first stage, for latents alone.
 
         Raises:
-            ValueError, OSError: a piece is missing; the message says which.
+            ValueError, OSError: a piece is missing or does not fit; the message names the folder and the piece.
         """
+        name = str(pretrained_model_name_or_path)
         scaling_factor = kwargs.pop("scaling_factor", None)
-        folder = _local_folder(str(pretrained_model_name_or_path), kwargs)
+        folder = _local_folder(name, kwargs)
+        index = _read_json(folder / cls.config_name)
+        embedder, first_stage = _component(index, [ClassEmbedder.__name__]), _component(index, FIRST_STAGES)
+        _check_pieces(folder, index, embedder, first_stage, given=kwargs)
         if "class_embedder" not in kwargs:
-            index = json.loads((folder / cls.config_name).read_text(encoding="utf-8"))
-            embedder = _read_embedder(folder / _embedder_folder(index, folder))
-            dtype = kwargs.get("dtype", kwargs.get("torch_dtype"))
-            kwargs["class_embedder"] = embedder.to(dtype) if isinstance(dtype, torch.dtype) else embedder
-        pipeline = super().from_pretrained(folder, **kwargs)
-        pipeline.register_to_config(_name_or_path=str(pretrained_model_name_or_path))
-        if pipeline.vqvae is not None and "vqvae" not in kwargs:
-            is_own = json.loads((folder / cls.config_name).read_text(encoding="utf-8"))["_class_name"] != cls.__name__
-            _set_scaling_factor(pipeline.vqvae, folder / "vqvae" / "config.json", scaling_factor, quiet=is_own)
+            table = _read_table(folder / embedder, kwargs.get("variant"))
+            kwargs["class_embedder"] = ClassEmbedder.from_table(table.to(_dtype_for("class_embedder", kwargs)))
+        is_read = first_stage is not None and "vqvae" not in kwargs
+        if is_read and first_stage != "vqvae":
+            kind = {"VQModel": VQModel, "AutoencoderKL": AutoencoderKL}[index[first_stage][1]]
+            kwargs["vqvae"] = kind.from_pretrained(folder / first_stage, torch_dtype=_dtype_for("vqvae", kwargs))
+        try:
+            pipeline = super().from_pretrained(folder, **kwargs)
+        except (AttributeError, ImportError, KeyError, OSError, RuntimeError, TypeError, ValueError) as error:
+            raise ValueError(f"{name}: diffusers cannot open it ({' '.join(str(error).split())}).") from error
+        wanted, dim = pipeline.unet.config.cross_attention_dim, pipeline.class_embedder.config.embed_dim
+        if wanted != dim:
+            raise ValueError(
+                f"{name}: the U-Net attends to embeddings of {wanted} numbers, but the classes' have {dim}."
+            )
+        pipeline.register_to_config(_name_or_path=name)
+        if is_read:
+            is_own = index.get("_class_name") == [MODULE, cls.__name__]
+            config_file = folder / first_stage / "config.json"
+            _set_scaling_factor(pipeline.vqvae, config_file, scaling_factor, quiet=is_own)
         return pipeline
 
 
@@ -330,39 +353,107 @@ def _local_folder(name: str, kwargs: dict) -> Path:
     if Path(name).is_dir():
         return Path(name)
     options = {option: kwargs[option] for option in HUB_OPTIONS if option in kwargs}
-    index_file = hf_hub_download(name, DiffusionPipeline.config_name, **options)
-    index = json.loads(Path(index_file).read_text(encoding="utf-8"))
-    components = [key for key, value in index.items() if isinstance(value, list) and key != "_class_name"]
-    patterns = [DiffusionPipeline.config_name, *(f"{component}/*" for component in components)]
-    return Path(snapshot_download(name, allow_patterns=patterns, **options))
+    try:
+        index_file = hf_hub_download(name, DiffusionPipeline.config_name, **options)
+        index = _read_json(Path(index_file))
+        components = [key for key, value in index.items() if isinstance(value, list) and key != "_class_name"]
+        patterns = [DiffusionPipeline.config_name, *(f"{component}/*" for component in components)]
+        return Path(snapshot_download(name, allow_patterns=patterns, **options))
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise OSError(f"{name}: neither a folder nor a Hub id that can be downloaded ({reason}).") from error
 
 
-def _embedder_folder(index: dict, where: str | Path) -> str:
-    """The component whose declared class is `ClassEmbedder`."""
+def _read_json(file: Path) -> dict:
+    if not file.is_file():
+        raise OSError(f"{file.parent}: {file.name} is missing.")
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file}: not valid JSON ({error}).") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{file}: expected a JSON object.")
+    return content
+
+
+def _component(index: dict, classes: list[str] | tuple[str, ...]) -> str | None:
+    """The component that the index declares to be of one of these classes; that is its folder too."""
     for name, value in index.items():
-        if isinstance(value, (list, tuple)) and len(value) == 2 and value[1] == ClassEmbedder.__name__:
+        if isinstance(value, (list, tuple)) and len(value) == 2 and name != "_class_name" and value[1] in classes:
             return name
-    raise ValueError(
-        f"{where}: {DiffusionPipeline.config_name} declares no component of the class {ClassEmbedder.__name__}, so "
-        "this is no class-conditional latent diffusion model."
+    return None
+
+
+def _check_pieces(folder: Path, index: dict, embedder: str | None, first_stage: str | None, given: dict) -> None:
+    """Raises ValueError for what the index does not declare, and OSError for what it declares and the folder lacks."""
+    where = DiffusionPipeline.config_name
+    if embedder is None and "class_embedder" not in given:
+        raise ValueError(
+            f"{folder}: {where} declares no component of the class {ClassEmbedder.__name__}, so this is no "
+            "class-conditional latent diffusion model."
+        )
+    pieces = (
+        ("class embedder", "class_embedder", embedder, None),
+        ("U-Net", "unet", "unet", "config.json"),
+        ("scheduler", "scheduler", "scheduler", "scheduler_config.json"),
+        ("first stage", "vqvae", first_stage, "config.json"),
     )
+    for what, argument, name, config in pieces:
+        if argument in given or name is None:
+            continue
+        if not isinstance(index.get(name), (list, tuple)) or index[name][1] is None:
+            raise ValueError(f"{folder}: {where} declares no {what} (`{name}`).")
+        if config is not None and not (folder / name / config).is_file():
+            hint = "; pass vqvae=None to draw latents alone" if argument == "vqvae" else ""
+            raise OSError(f"{folder}: the {what} is missing ({name}/{config}{hint}).")
+        if argument != "scheduler" and not _weight_files(folder / name):
+            raise OSError(f"{folder}: the {what}'s weights are missing (a .safetensors or .bin file in {name}/).")
 
 
-def _read_embedder(folder: Path) -> ClassEmbedder:
-    """The embedder of a folder, whatever its parameter is called: it holds one table."""
-    files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
-    if not files:
-        raise OSError(f"{folder}: the class embedder's weights are missing (a .safetensors or .bin file).")
-    read = load_file if files[0].suffix == ".safetensors" else lambda file: torch.load(file, weights_only=True)
-    tables = [tensor for tensor in read(files[0]).values() if tensor.dim() == 2]
+def _weight_files(folder: Path, variant: str | None = None) -> list[Path]:
+    """The files of one set of weights: safetensors before pickles, the asked variant before the plain one, all shards
+    of a sharded one."""
+    found = [path for kind in ("safetensors", "bin") for path in sorted(folder.glob(f"*.{kind}"))]
+    if not found:
+        return []
+
+    def rank(path: Path) -> tuple:
+        is_variant = f".{variant}" in path.name
+        return path.suffix == ".bin", not is_variant, path.name.count(".")
+
+    best = min(found, key=rank)
+    stem, is_shard, _ = best.name.partition("-0")
+    if not is_shard:
+        return [best]
+    return [path for path in found if path.name.startswith(f"{stem}-0") and rank(path) == rank(best)]
+
+
+def _read_table(folder: Path, variant: str | None = None) -> torch.Tensor:
+    """The table [K + 1, D] of an embedder's folder, whatever its parameter is called."""
+    tables = []
+    for file in _weight_files(folder, variant):
+        try:
+            state = load_file(file) if file.suffix == ".safetensors" else torch.load(file, weights_only=True)
+            tables += [tensor for tensor in state.values() if torch.is_tensor(tensor) and tensor.dim() == 2]
+        except Exception as error:  # safetensors and pickle have errors of their own
+            raise ValueError(f"{file}: cannot be read ({' '.join(str(error).split())}).") from error
     if len(tables) != 1:
-        raise ValueError(f"{files[0]}: expected one table [classes + 1, dimension], but found {len(tables)}.")
-    return ClassEmbedder.from_table(tables[0].float())
+        raise ValueError(f"{folder}: expected one table [classes + 1, dimension], but found {len(tables)}.")
+    return tables[0]
+
+
+def _dtype_for(component: str, kwargs: dict) -> torch.dtype:
+    dtype = kwargs.get("dtype", kwargs.get("torch_dtype"))
+    if isinstance(dtype, dict):
+        dtype = dtype.get(component, dtype.get("default"))
+    return dtype if isinstance(dtype, torch.dtype) else torch.float32
 
 
 def _set_scaling_factor(vqvae, config_file: Path, wanted: float | None, quiet: bool) -> None:
-    stated = json.loads(config_file.read_text(encoding="utf-8")).get("scaling_factor")
-    used = next((value for value in (wanted, stated) if value is not None), 1.0)
+    stated = _read_json(config_file).get("scaling_factor")
+    # diffusers fills in 0.18215, which is right for a KL autoencoder alone.
+    unstated = 1.0 if isinstance(vqvae, VQModel) else vqvae.config.scaling_factor
+    used = next(value for value in (wanted, stated, unstated) if value is not None)
     vqvae.register_to_config(scaling_factor=used)
     source = (
         "as asked" if wanted is not None else "of its configuration" if stated is not None else "as none is stated"

@@ -9,7 +9,9 @@ from diffusers import DDIMScheduler, DiffusionPipeline
 
 from noisycond.denoisers.dit import DiTBackbone
 from noisycond.denoisers.unet import UNetBackbone
-from noisycond.errors import InputError, closest
+from noisycond.errors import InputError, closest, require
+from noisycond.noise_schedule import named_schedule
+from noisycond.pipelines import OriginalDiTPipeline
 
 
 BACKBONES = (DiTBackbone, UNetBackbone)
@@ -115,7 +117,13 @@ def find_denoiser(name: str) -> DenoiserSource:
             config = DiTBackbone.model_class.load_config(name, **options)
         except OSError:
             continue
-        preset = _with_noise_schedule(_preset_from_config(name, config), name)
+        # The trainer's DiT embeds timesteps as stock diffusers does.
+        require(
+            OriginalDiTPipeline.__name__ not in str(_index(name).get("_class_name")),
+            f"--denoiser {name}: its timestep embedding is that of DiT's own code, which cannot be trained here; "
+            "convert the weights anew with --stock.",
+        )
+        preset = _with_noise_schedule(_preset_from_config(name, config, is_pretrained=True), name)
         return DenoiserSource(preset, name, subfolder, _id2label(name))
     models = " or ".join(backbone.model_class.__name__ for backbone in BACKBONES)
     raise InputError(f"--denoiser {name}: found no configuration of a {models} there.")
@@ -131,7 +139,7 @@ def _read_json(path: str) -> dict:
     return config
 
 
-def _preset_from_config(name: str, config: dict) -> Preset:
+def _preset_from_config(name: str, config: dict, is_pretrained: bool = False) -> Preset:
     class_name = config.get("_class_name", DiTBackbone.known_as[0])
     backbone = next((backbone for backbone in BACKBONES if class_name in backbone.known_as), None)
     if backbone is None:
@@ -139,7 +147,8 @@ def _preset_from_config(name: str, config: dict) -> Preset:
         raise InputError(f"--denoiser {name}: a {class_name} cannot be trained here, only a {models}.")
     known = set(inspect.signature(backbone.model_class).parameters)
     unknown = sorted(key for key in config if not key.startswith("_") and key not in known)
-    if unknown and class_name == backbone.model_class.__name__:
+    # In a file that a person wrote it is a mistake; in a saved model it is of another version of diffusers.
+    if unknown and not is_pretrained and class_name == backbone.model_class.__name__:
         raise InputError(f"--denoiser {name}: unknown key {unknown[0]!r}{closest(unknown[0], known)}.")
     learned_variance = _learns_variance(name, config, backbone)
     kept = {key: value for key, value in config.items() if key in known and key != "out_channels"}
@@ -168,13 +177,26 @@ def _with_noise_schedule(preset: Preset, name: str) -> Preset:
         config = DDIMScheduler.load_config(name, subfolder="scheduler")
     except OSError:
         return preset
+    if config.get("trained_betas") is not None:  # they win over the names beside them
+        named = named_schedule(config["trained_betas"])
+        require(
+            named,
+            f"--denoiser {name}: its scheduler spells out {len(config['trained_betas'])} betas (trained_betas) of no "
+            "schedule that can be trained with here.",
+        )
+        config = config | named
     known = ("beta_schedule", "beta_start", "beta_end", "prediction_type")
     return replace(preset, **{key: config[key] for key in known if key in config})
 
 
-def _id2label(name: str) -> dict[int, str] | None:
+def _index(name: str) -> dict:
+    """The index of a pipeline; empty where there is none."""
     try:
-        names = DiffusionPipeline.load_config(name).get("id2label")
+        return DiffusionPipeline.load_config(name)
     except OSError:
-        return None
+        return {}
+
+
+def _id2label(name: str) -> dict[int, str] | None:
+    names = _index(name).get("id2label")
     return {int(label): title for label, title in names.items()} if isinstance(names, dict) else None

@@ -9,8 +9,10 @@ import pytest
 from launching import ROOT, load_script
 
 from noisycond.arguments import Arguments, parse_arguments
+from noisycond.convert import ConvertArguments, with_flags
 
 
+CHECKPOINTS = (ROOT / "docs/checkpoints.md").read_text(encoding="utf-8")
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 SCRIPTS = {
     "train_class_cond.py": ("ClassCondArguments", "digits_dit_mini"),
@@ -41,6 +43,26 @@ def test_command_parses(command, tmp_path, monkeypatch):
     parse_arguments(arguments_class(script), words[words.index(script) + 1 :], SCRIPTS[script][1])
 
 
+def conversions() -> list[str]:
+    blocks = re.findall(r"```bash\n(.*?)```", README + CHECKPOINTS, re.S)
+    return [line for block in blocks for line in block.splitlines() if "noisycond.convert" in line]
+
+
+@pytest.mark.parametrize("command", conversions())
+def test_conversion_parses(command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("imagenet.json", "cin256-v2.yaml"):
+        (tmp_path / name).write_text("{}")
+    words = shlex.split(command)
+    parse_arguments(ConvertArguments, with_flags(words[words.index("noisycond.convert") + 1 :]))
+
+
+def test_the_flags_of_conversion_are_told():
+    told = set(re.findall(r"^\| `--(\w+)` \|", CHECKPOINTS, re.M))
+    known = {item.name for item in dataclasses.fields(ConvertArguments)}
+    assert len(conversions()) >= 5 and told == known - {"source", "output_dir", "recipe"}
+
+
 def test_flag_table_has_the_real_flags_and_defaults():
     fields = {item.name: item for item in dataclasses.fields(arguments_class("train_class_cond.py"))}
     rows = re.findall(r"^\| `--(\w+)` \| (\S*) ?\|", README, re.M)
@@ -67,7 +89,7 @@ def test_files_named_in_the_readme_exist():
 
 
 def test_python_blocks_import_what_exists():
-    for block in re.findall(r"```py\n(.*?)```", README, re.S):
+    for block in re.findall(r"```py\n(.*?)```", README + CHECKPOINTS, re.S):
         for line in block.splitlines():
             if line.startswith("from noisycond"):
                 exec(line, {})  # noqa: S102

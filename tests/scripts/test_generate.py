@@ -6,10 +6,14 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from diffusers import DiffusionPipeline
 from launching import launch
 from PIL import Image
+from released_layout import change_json, write_ldm
 from safetensors.torch import load_file, save_file
+
+import noisycond.convert  # noqa: F401
 
 
 FLAGS = ["--num_images", 20, "--batch_size", 6, "--num_inference_steps", 3, "--cpu_threads_per_process", 1]
@@ -118,3 +122,83 @@ def test_a_folder_saved_again_has_as_many_classes(pipeline, script, tmp_path):
     script("generate", "--pipeline", tmp_path / "again", *words)
     rows = [json.loads(line) for line in (tmp_path / "x/metadata.jsonl").read_text().splitlines()]
     assert {row["label"] for row in rows} == set(range(10))
+
+
+def write_tiny_ldm(folder: Path, script, *words) -> Path:
+    """An LDM of the digits, hardly trained, as train_class_cond.py exports it."""
+    config = {
+        "_class_name": "UNet2DConditionModel",
+        "in_channels": 4,
+        "out_channels": 4,
+        "block_out_channels": [8, 16],
+        "layers_per_block": 1,
+        "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
+        "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
+        "cross_attention_dim": 12,
+        "attention_head_dim": 2,
+        "norm_num_groups": 4,
+    }
+    (folder.parent / "unet.json").write_text(json.dumps(config))
+    flags = ["--denoiser", folder.parent / "unet.json", "--output_dir", folder, "--max_train_steps", 2]
+    flags += ["--train_batch_size", 8, "--max_train_samples", 96, "--report_to", "none", "--learning_rate", 1e-2]
+    flags += ["--validation_images_per_class", 1, "--validation_inference_steps", 2, "--cpu_threads_per_process", 1]
+    script("train_class_cond", *flags, *words)
+    return folder
+
+
+def test_an_ldm_is_drawn_from_without_trust_and_without_its_code(script, refused, tmp_path):
+    folder = write_tiny_ldm(tmp_path / "ldm", script)
+    weights_file = folder / "unet/diffusion_pytorch_model.safetensors"
+    weights = load_file(weights_file)  # at the start a U-Net predicts 0 for every class
+    save_file({name: value + 0.1 * torch.randn_like(value) for name, value in weights.items()}, weights_file)
+    for file in folder.rglob("*.py"):
+        file.write_text("raise SystemExit('code of the folder was run')")
+    words = ["--pipeline", folder, "--num_images", 20, "--num_inference_steps", 2, "--guidance_scale", 2]
+    script("generate", *words, "--output_dir", tmp_path / "x")
+    assert Image.open(tmp_path / "x/000000.png").size == (32, 32) and len(digests(tmp_path / "x")) == 20
+    script("generate", *words[:-1], 1, "--output_dir", tmp_path / "y")
+    assert digests(tmp_path / "x") != digests(tmp_path / "y")
+
+    # Without names, the embedder's table tells the number of classes.
+    index = json.loads((folder / "model_index.json").read_text())
+    assert len(index.pop("id2label")) == 10
+    (folder / "model_index.json").write_text(json.dumps(index))
+    script("generate", *words, "--output_dir", tmp_path / "z")
+    rows = [json.loads(line) for line in (tmp_path / "z/metadata.jsonl").read_text().splitlines()]
+    assert {row["label"] for row in rows} == set(range(10)) and digests(tmp_path / "z") == digests(tmp_path / "x")
+
+    shutil.rmtree(folder / "class_embedder")
+    sentence = refused("generate", *words, "--output_dir", tmp_path / "w")
+    assert f"--pipeline {folder}" in sentence and "class embedder's weights are missing" in sentence
+
+
+def test_a_released_ldm_and_its_conversion_give_the_same_and_train_on(script, refused, tmp_path):
+    released = write_ldm(tmp_path / "released", embedder="cond_stage_model")
+    change_json(released / "scheduler/scheduler_config.json", clip_sample=False)
+    script("noisycond.convert", released, tmp_path / "converted")
+    words = ["--num_images", 12, "--num_inference_steps", 3, "--guidance_scale", 2]
+    for name in ("released", "converted"):
+        script("generate", "--pipeline", tmp_path / name, *words, "--output_dir", tmp_path / f"images-{name}")
+    found = digests(tmp_path / "images-released")
+    assert len(found) == 12 and digests(tmp_path / "images-converted") == found
+
+    # Its latents have three channels, as those of digits-vq; they are 8 pixels wide there and here.
+    flags = ["--pretrained_vae_model_name_or_path", "digits-vq", "--learning_rate", "1e-12", "--beta_end", "0.0195"]
+    flags += ["--prediction_type", "epsilon", "--no_use_ema", "--denoiser", tmp_path / "converted"]
+    folder = tmp_path / "next"
+    write_tiny_ldm(folder, script, *flags)
+    for name in ("unet", "class_embedder"):
+        files = [where / name / "diffusion_pytorch_model.safetensors" for where in (tmp_path / "converted", folder)]
+        before, after = map(load_file, files)
+        assert before.keys() == after.keys()
+        assert all((before[key] - after[key]).abs().max() < 1e-6 for key in before), name
+    assert json.loads((folder / "scheduler/scheduler_config.json").read_text())["beta_schedule"] == "scaled_linear"
+
+    shutil.rmtree(tmp_path / "converted/class_embedder")
+    sentence = refused("train_class_cond", "--output_dir", tmp_path / "w", *flags)
+    assert f"--denoiser {tmp_path / 'converted'}" in sentence and "class embedder's weights are missing" in sentence
+
+
+def test_a_folder_without_class_labels_is_named(refused, tmp_path):
+    (tmp_path / "model_index.json").write_text("{")
+    assert f"--pipeline {tmp_path}" in refused("generate", "--pipeline", tmp_path, "--output_dir", tmp_path / "x")

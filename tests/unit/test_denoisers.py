@@ -62,6 +62,16 @@ def test_the_presets_have_the_paper_s_sizes(name, millions):
     assert denoiser.backbone.model.config.out_channels == 8
 
 
+def test_the_ldm_preset_has_the_paper_s_size():
+    # 400.9 million in the U-Net: LDM's public configuration in diffusers' class.
+    with torch.device("meta"):
+        denoiser = build_denoiser(
+            find_denoiser("ldm-4"), class_names=[str(k) for k in range(1000)], latent_channels=3, latent_size=64
+        )
+    counts = [sum(value.numel() for value in part.parameters()) for part in (denoiser.backbone, denoiser.encoder)]
+    assert abs(counts[0] / 400.9e6 - 1) < 0.01 and counts[1] == 1001 * 512
+
+
 def test_every_preset_builds():
     for name in PRESETS:
         with torch.device("meta"):

@@ -1,0 +1,1 @@
+"""Weights under the names of the papers' own code, to models of diffusers."""
