@@ -18,7 +18,7 @@ try:
     from diffusers import AutoencoderKL, VQModel
     from torch import nn
 
-    from noisycond import hardware, pictures, randomness, trainer
+    from noisycond import dry_run, hardware, pictures, randomness, trainer
     from noisycond.arguments import DataArguments, LoopArguments, flag, parse_arguments
     from noisycond.data.opening import open_batches, open_training_data
     from noisycond.data.sources import open_source
@@ -138,6 +138,10 @@ def export(model: AutoencoderKL | VQModel, args: AutoencoderArguments, run: RunF
 @one_sentence_errors
 def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(AutoencoderArguments, argv, default_recipe="digits_kl")
+    if args.dry_run:
+        with torch.device("meta"):
+            model = Reconstruction(build_autoencoder(args), args.kl_weight, args.seed)
+        return dry_run.report(args, model, dry_run.open_what_is_here(args), {})
     run = RunFolder(args.output_dir)
     accelerator = hardware.make_accelerator(args)
     on_main(accelerator, lambda: run.check(args))

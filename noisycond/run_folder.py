@@ -55,6 +55,8 @@ MAY_CHANGE = {
     "dataset_name",  # what these three name is compared by content instead
     "train_data_dir",
     "pretrained_vae_model_name_or_path",
+    "num_classes",  # the classes themselves are compared
+    "dry_run",
     "class_groups",  # the groups themselves are compared
     "mixed_precision",  # what accelerate made of it is compared
     "train_batch_size",  # the global batch size is compared instead

@@ -163,6 +163,9 @@ def announce(
         accelerator.init_trackers("noisycond", config=simple)
     steps = steps_to_train(args, len(images), batches.global_batch_size)
     parameters = sum(parameter.numel() for parameter in denoiser.parameters() if parameter.requires_grad)
+    if args.inferred:
+        values = ", ".join(f"{name} {value}" for name, value in args.inferred.items())
+        logger.info("Values of the recipe %s that are our reading [inferred]: %s.", args.recipe, values)
     logger.info("%d examples in %d classes.", len(images), len(images.source.class_names))
     logger.info("%.2f M trainable parameters on %s.", parameters / 1e6, accelerator.device)
     logger.info(

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from noisycond import randomness
-from noisycond.errors import InputError, closest
+from noisycond.errors import InputError, closest, require
 from noisycond.randomness import Purpose
 
 
@@ -246,6 +246,11 @@ def open_source(args, split: str | None = None) -> ImageSource:
             args.label_column,
             args.cache_dir,
         )
+    count = len(source.class_names)
+    require(
+        args.num_classes in (None, count),
+        f"--num_classes is {args.num_classes}, but the dataset has {count} classes; say --num_classes {count}.",
+    )
     if args.class_subset is not None:
         classes = choose_classes(source.class_names, args.class_subset, args.class_subset_seed)
         source = Subset(source, np.flatnonzero(np.isin(source.labels, classes)), classes)
