@@ -5,7 +5,6 @@ The model is built on the meta device, so that no weight is allocated. Sizes are
 
 import math
 import os
-from dataclasses import dataclass
 
 from torch import nn
 
@@ -14,38 +13,8 @@ from noisycond.data.opening import TrainingData, open_training_data
 from noisycond.denoisers.presets import Preset
 from noisycond.errors import InputError, is_main_process, require
 from noisycond.first_stage import FirstStage, peek_first_stage
+from noisycond.sharding import Layout
 from noisycond.trainer import steps_to_train
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How a launch divides the work.
-
-    Attributes:
-        processes: one per device. kind: `single`, `ddp` (every device holds all), `fsdp` or `zero`.
-        stage: of DeepSpeed's ZeRO: from 1 on the optimizer state is sharded, from 2 on the gradients too.
-    """
-
-    processes: int = 1
-    kind: str = "single"
-    stage: int = 0
-
-    @staticmethod
-    def of_this_launch() -> "Layout":
-        """As the launcher's environment says; one process without a launcher."""
-        processes = int(os.environ.get("WORLD_SIZE", "1"))
-        if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
-            return Layout(processes, "fsdp")
-        if os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true":
-            return Layout(processes, "zero", int(os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")))
-        return Layout(processes, "ddp" if processes > 1 else "single")
-
-    def share(self, parameter: nn.Parameter) -> int:
-        """Elements of a parameter on the first device where it is sharded: FSDP cuts along the first dimension, ZeRO
-        a flat list."""
-        if self.kind == "fsdp":
-            return math.ceil(len(parameter) / self.processes) * (parameter.numel() // max(1, len(parameter)))
-        return math.ceil(parameter.numel() / self.processes)
 
 
 def memory(model: nn.Module, args: LoopArguments, layout: Layout) -> dict[str, int]:

@@ -19,6 +19,7 @@ from noisycond.data.images import BadImages, LabelledImages
 from noisycond.errors import require
 from noisycond.processes import on_main
 from noisycond.run_folder import RunFolder
+from noisycond.sharding import Layout
 from noisycond.signals import StopSignals
 from noisycond.training_state import ComputeLoss, Tally, TrainingState
 
@@ -68,7 +69,8 @@ def fit(
     tallies: dict[str, Tally] | None = None,
     validate: Callable[[int], None] | None = None,
 ) -> FitResult:
-    """Trains until --max_train_steps, or until a signal asks to stop; the denoiser ends with the averaged weights.
+    """Trains until --max_train_steps, or until a signal asks to stop; the main process's denoiser ends with
+    the averaged weights, whole.
 
     Args:
         denoiser: what is trained, checkpointed and averaged.
@@ -85,7 +87,7 @@ def fit(
         InputError: too many non-finite losses or unreadable images, or no space left.
     """
     max_steps = steps_to_train(args, len(batches.dataset), batches.global_batch_size)
-    state = TrainingState(denoiser.to(accelerator.device), args, max_steps, accelerator, tallies or {})
+    state = TrainingState(denoiser, args, max_steps, accelerator, tallies or {})
     if resume_from is not None:
         state.load(resume_from)
     progress, saved_at = state.progress, state.progress.step
@@ -110,8 +112,7 @@ def fit(
         if saved_at != progress.step:
             state.save()
         totals = state.totals()
-    if state.ema is not None:
-        state.ema.copy_to(state.parameters)
+    state.keep_averaged_weights()
     accelerator.wait_for_everyone()
     state.close()
     return FitResult(progress.step, state.stopped_by if progress.step < max_steps else None, totals)
@@ -126,10 +127,12 @@ def _log(state: TrainingState, run: RunFolder, row: dict) -> None:
 
 
 def _validate(state: TrainingState, validate: Callable[[int], None]) -> None:
-    if state.accelerator.is_main_process:
+    main = state.accelerator.is_main_process
+    if main or state.sharded:
         with state.averaged_weights():
-            state.denoiser.eval()
-            validate(state.progress.step)
+            if main:
+                state.denoiser.eval()
+                validate(state.progress.step)
     state.prepared.train()
     state.accelerator.wait_for_everyone()
 
@@ -146,9 +149,9 @@ def _bar(state: TrainingState) -> tqdm:
 
 
 def facts(args: LoopArguments, batches: Batches) -> dict:
-    """What a resumed run must share beside its flags, as JSON values: the global batch size, and the number of steps
-    where the learning rate depends on it."""
-    shared = {"global_batch_size": batches.global_batch_size}
+    """What a resumed run must share beside its flags, as JSON values: the global batch size, the number of steps
+    where the learning rate depends on it, and how checkpoints are sharded."""
+    shared = {"global_batch_size": batches.global_batch_size, "sharding": Layout.of_this_launch().of_checkpoints}
     if args.lr_scheduler not in ("constant", "constant_with_warmup", "piecewise_constant"):
         shared["optimizer_steps"] = steps_to_train(args, len(batches.dataset), batches.global_batch_size)
     return shared

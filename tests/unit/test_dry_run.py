@@ -9,7 +9,8 @@ from PIL import Image
 from noisycond.arguments import LoopArguments
 from noisycond.data.images import BadImages
 from noisycond.denoisers import build_denoiser, find_denoiser
-from noisycond.dry_run import Layout, memory
+from noisycond.dry_run import memory
+from noisycond.sharding import Layout
 from noisycond.signals import StopSignals
 from noisycond.training_state import TrainingState
 
@@ -74,6 +75,7 @@ def test_sharded_over_three():
     model = torch.nn.Linear(4, 7)  # 28 weights in 7 rows, 7 biases: the first of three holds 3 rows and 3 biases
     args = LoopArguments(report_to="none")
     fsdp = memory(model, args, Layout(3, "fsdp"))
+    assert fsdp["weights"] == 4 * sum(torch.chunk(tensor, 3)[0].numel() for tensor in model.parameters())
     assert fsdp["weights"] == fsdp["gradients"] == fsdp["moving average"] == 4 * 15
     assert fsdp["optimizer state (AdamW)"] == 8 * 15
     one, two = (memory(model, args, Layout(3, "zero", stage)) for stage in (1, 2))
