@@ -66,6 +66,8 @@ class TrainingState:
 
     def __init__(self, denoiser: nn.Module, args: LoopArguments, max_steps: int, accelerator: Accelerator, tallies):
         self.denoiser, self.args, self.accelerator, self.tallies = denoiser, args, accelerator, tallies
+        # DeepSpeed steps within the last backward pass, and passes over what is not finite by itself.
+        self.steps_itself = accelerator.distributed_type == DistributedType.DEEPSPEED
         self.sharded = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
         trained = (copy.deepcopy(denoiser) if self.sharded else denoiser).to(accelerator.device)
         self.max_steps, self.progress = max_steps, Progress()
@@ -125,10 +127,11 @@ class TrainingState:
             bad.add(gather_object(new_bad), quiet=not accelerator.is_main_process)
 
         grad_norm = value(accelerator.clip_grad_norm_(self.parameters, self.args.max_grad_norm or float("inf")))
+        grad_norm = math.nan if grad_norm is None else float(grad_norm)
         progress.attempted_step += 1
         learning_rate = self.lr_schedule.get_last_lr()[0]
         scaled, finite = accelerator.scaler is not None, math.isfinite(loss)
-        stepped = finite and (scaled or bool(torch.isfinite(grad_norm)))
+        stepped = finite and (scaled or self.steps_itself or math.isfinite(grad_norm))
         if not finite:
             self.optimizer.zero_grad()
         if stepped or scaled:  # a gradient scaler must see the step it is to skip, or it never lowers its scale
@@ -137,13 +140,13 @@ class TrainingState:
         self.optimizer.zero_grad()
         if not stepped:
             # A scaler that is still finding its scale skips steps too: with a finite loss that is no failure.
-            self._skip(loss, float(grad_norm), counts=not (scaled and finite))
+            self._skip(loss, grad_norm, counts=not (scaled and finite))
             return None
         progress.step, progress.nonfinite_steps = progress.step + 1, 0
         self.lr_schedule.step()
         if self.ema is not None:
             self.ema.step(shards(self.parameters))
-        return {"step": progress.step, "loss": loss, "lr": learning_rate, "grad_norm": float(grad_norm)}
+        return {"step": progress.step, "loss": loss, "lr": learning_rate, "grad_norm": grad_norm}
 
     def _skip(self, loss: float, grad_norm: float, counts: bool) -> None:
         self.progress.nonfinite_steps += counts
