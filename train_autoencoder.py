@@ -151,7 +151,7 @@ def main(argv: list[str] | None = None) -> None:
         held_out = type(data.images)(open_source(args, args.validation_split), data.images.transform)
     model = Reconstruction(build_autoencoder(args), args.kl_weight, args.seed)
     batches = open_batches(args, data, accelerator)
-    facts = data.facts | trainer.facts(args, batches) | {"mixed_precision": accelerator.mixed_precision}
+    facts = data.facts | trainer.facts(args, batches) | {"mixed_precision": hardware.precision_of(args)}
     on_main(accelerator, lambda: trainer.check_space(args, model))
     resume_from = claim(run, args, facts, Path(__file__).name, accelerator)
     trainer.announce(args, accelerator, data.images, model, batches)

@@ -240,7 +240,7 @@ def main(argv: list[str] | None = None) -> None:
 
     facts = data.facts | {
         "first_stage": first_stage.fingerprint,
-        "mixed_precision": accelerator.mixed_precision,
+        "mixed_precision": hardware.precision_of(args),
         "class_groups": groups,
         "denoiser": {name: value for name, value in denoiser.backbone.model.config.items() if name[0] != "_"},
         "noise_schedule": noise_schedule,

@@ -57,8 +57,8 @@ def check_launch(on_gpu: bool) -> None:
     """Refuses a launch that asks for devices which are not here, before its processes look for each other.
 
     Raises:
-        InputError: more processes than GPUs or, without a GPU, than CPU cores; named GPUs, sharding or FP8 without one;
-            or a way of sharding that is not supported.
+        InputError: more processes than GPUs or, without a GPU, than CPU cores; named GPUs or sharding without one;
+            FP8, or a way of sharding that is not supported.
     """
     here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     asks, config = "The launch asks for", "Give accelerate launch another --config_file or --num_processes."

@@ -1,6 +1,9 @@
-"""Weights sharded over two processes (FSDP on gloo): training, average, checkpoints and export as on one process."""
+"""Sharded over two processes by gloo (FSDP and, where it is installed, DeepSpeed's ZeRO): training, average,
+checkpoints and export as on one process."""
 
+import importlib.util
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +16,7 @@ from safetensors.torch import load_file
 from noisycond.denoisers import build_denoiser, find_denoiser
 
 
+EXPORTED = "transformer/diffusion_pytorch_model.safetensors"
 HELPER = ROOT / "tests/helpers/train_sharded.py"
 FLAGS = ["--gradient_accumulation_steps", "2", "--lr_warmup_steps", "2", "--checkpointing_steps", "3"]
 FLAGS += ["--checkpoints_total_limit", "5", "--corruption_ratio", "0.5"]
@@ -28,10 +32,8 @@ def largest_difference(one: Path, other: Path) -> float:
     return max((mine[name] - theirs[name]).abs().max().item() for name in mine)
 
 
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory, tiny_denoiser) -> Path:
+def train(kind: str, folder: Path, tiny_denoiser: str) -> Path:
     """Sharded runs: `straight`, `cut` (its second half resumed) and `plain` (without an average), in one launch."""
-    folder = tmp_path_factory.mktemp("sharded")
     base = ["--denoiser", tiny_denoiser, "--train_batch_size", "4", "--max_train_samples", "96", *FLAGS]
     base += ["--max_train_steps", "6", "--report_to", "none", "--validation_images_per_class", "1"]
     base += ["--validation_inference_steps", "2", "--cpu_threads_per_process", "1", "--output_dir"]
@@ -43,9 +45,17 @@ def runs(tmp_path_factory, tiny_denoiser) -> Path:
         [*base, str(folder / "plain"), "--use_ema", "false"],
     ]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", str(HELPER)]
-    done = subprocess.run([*launcher, json.dumps(tasks)], capture_output=True, text=True, cwd=ROOT)
+    environment = os.environ | {"DS_ACCELERATOR": "cpu"}
+    done = subprocess.run(
+        [*launcher, kind, json.dumps(tasks)], capture_output=True, text=True, cwd=ROOT, env=environment
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return folder
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, tiny_denoiser) -> Path:
+    return train("fsdp", tmp_path_factory.mktemp("fsdp"), tiny_denoiser)
 
 
 @pytest.fixture
@@ -59,16 +69,13 @@ def alone(script, tiny, tmp_path):
     return run
 
 
-def test_equals_one_process(runs, alone):
-    one, sharded = alone(), runs / "straight"
+def assert_equal(one: Path, sharded: Path, tolerance: float) -> None:
     assert [row["lr"] for row in log(one)] == [row["lr"] for row in log(sharded)]
     for name in ("loss", "grad_norm"):
         values = np.array([[row[name] for row in log(folder)] for folder in (one, sharded)])
-        assert np.abs(values[0] / values[1] - 1).max() < 1e-5, name
-    for name in ("checkpoint-3/ema.safetensors", "checkpoint-6/ema.safetensors"):
+        assert np.abs(values[0] / values[1] - 1).max() < tolerance, name
+    for name in ("checkpoint-3/ema.safetensors", "checkpoint-6/ema.safetensors", EXPORTED):
         assert largest_difference(one / name, sharded / name) < 1e-5
-    exported = "transformer/diffusion_pytorch_model.safetensors"
-    assert largest_difference(one / exported, sharded / exported) < 1e-5
     assert (one / "corruption.json").read_text() == (sharded / "corruption.json").read_text()
     assert {path.name for path in (sharded / "samples").iterdir()} == {
         "step-0000003.png",
@@ -77,16 +84,28 @@ def test_equals_one_process(runs, alone):
     }
 
 
+def test_equals_one_process(runs, alone):
+    assert_equal(alone(), runs / "straight", 1e-5)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
+def test_zero_equals_one_process_and_resumes(alone, tmp_path_factory, tiny_denoiser):
+    runs = train("zero", tmp_path_factory.mktemp("zero"), tiny_denoiser)
+    # DeepSpeed adds 1e-6 to the norm it clips by.
+    assert_equal(alone(), runs / "straight", 1e-3)
+    assert log(runs / "straight") == log(runs / "cut")
+    assert largest_difference(runs / "straight" / EXPORTED, runs / "cut" / EXPORTED) == 0.0
+
+
 def test_the_export_without_an_average_is_the_weights(runs, alone):
     one = alone("--use_ema", "false")
-    exported = "transformer/diffusion_pytorch_model.safetensors"
-    assert largest_difference(one / exported, runs / "plain" / exported) < 1e-5
-    assert largest_difference(runs / "straight" / exported, runs / "plain" / exported) > 1e-5
+    assert largest_difference(one / EXPORTED, runs / "plain" / EXPORTED) < 1e-5
+    assert largest_difference(runs / "straight" / EXPORTED, runs / "plain" / EXPORTED) > 1e-5
 
 
 def test_resumes_bit_for_bit(runs):
     assert log(runs / "straight") == log(runs / "cut")
-    for name in ("checkpoint-6/ema.safetensors", "transformer/diffusion_pytorch_model.safetensors"):
+    for name in ("checkpoint-6/ema.safetensors", EXPORTED):
         assert largest_difference(runs / "straight" / name, runs / "cut" / name) == 0.0
 
 
