@@ -1,6 +1,7 @@
 """A launch that asks for what is not there gets one sentence; the configurations in recipes/ are the launcher's."""
 
 import os
+import subprocess
 
 import pytest
 import torch
@@ -101,3 +102,11 @@ def test_the_sharding_configuration_is_one_we_support(monkeypatch):
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "0")
     hardware.check_launch(on_gpu=True)
+
+
+def test_the_job_script_is_a_shell_s():
+    script = ROOT / "recipes/slurm/train.sbatch"
+    assert subprocess.run(["bash", "-n", str(script)]).returncode == 0
+    text = script.read_text()
+    assert "#SBATCH --signal=TERM@" in text  # without "B:", which would signal the shell alone
+    assert "--resume_from_checkpoint latest" in text and "scontrol requeue" in text
