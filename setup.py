@@ -33,6 +33,7 @@ INSTALL_REQUIRES = [
 EXTRAS = {
     "xformers": ["xformers"],
     "8bit": ["bitsandbytes"],
+    "deepspeed": ["deepspeed>=0.18"],
     "dev": ["pytest>=8.0", "ruff>=0.14", "scipy>=1.14"],
 }
 

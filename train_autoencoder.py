@@ -18,7 +18,7 @@ try:
     from diffusers import AutoencoderKL, VQModel
     from torch import nn
 
-    from noisycond import hardware, hub, pictures, randomness, trainer
+    from noisycond import dry_run, hardware, hub, pictures, randomness, trainer
     from noisycond.arguments import DataArguments, HubArguments, LoopArguments, flag, parse_arguments
     from noisycond.cards import first_stage_card, public_name
     from noisycond.data.opening import open_batches, open_training_data
@@ -160,6 +160,10 @@ def export(
 @one_sentence_errors
 def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(AutoencoderArguments, argv, default_recipe="digits_kl")
+    if args.dry_run:
+        with torch.device("meta"):
+            model = Reconstruction(build_autoencoder(args), args.kl_weight, args.seed)
+        return dry_run.report(args, model, dry_run.open_what_is_here(args), {})
     run = RunFolder(args.output_dir)
     accelerator = hardware.make_accelerator(args)
     on_main(accelerator, lambda: run.check(args))
@@ -170,7 +174,7 @@ def main(argv: list[str] | None = None) -> None:
         held_out = type(data.images)(open_source(args, args.validation_split), data.images.transform)
     model = Reconstruction(build_autoencoder(args), args.kl_weight, args.seed)
     batches = open_batches(args, data, accelerator)
-    facts = data.facts | trainer.facts(args, batches) | {"mixed_precision": accelerator.mixed_precision}
+    facts = data.facts | trainer.facts(args, batches) | {"mixed_precision": hardware.precision_of(args)}
     on_main(accelerator, lambda: trainer.check_space(args, model))
     resume_from = claim(run, args, facts, Path(__file__).name, accelerator)
     trainer.announce(args, accelerator, data.images, model, batches)

@@ -9,14 +9,14 @@ import csv
 import json
 import sys
 import textwrap
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 
 try:
     import torch
 
-    from noisycond import LabelCorruption, hardware, hub, pictures, randomness, sampling, trainer
+    from noisycond import LabelCorruption, dry_run, hardware, hub, pictures, randomness, sampling, trainer
     from noisycond.arguments import (
         CorruptionArguments,
         FirstStageArguments,
@@ -106,6 +106,45 @@ def build_objective(args: ClassCondArguments, preset) -> tuple[DiffusionObjectiv
     return objective, noise_schedule
 
 
+def build(args: ClassCondArguments, source, class_names: list[str], latent_channels: int, factor: int):
+    """The denoiser to train, for latents of this many channels and a first stage of this factor."""
+    require(
+        args.resolution % factor == 0,
+        f"--resolution is {args.resolution}, but must be a multiple of the first stage's factor {factor}.",
+    )
+    denoiser = build_denoiser(
+        source,
+        class_names=class_names,
+        latent_channels=latent_channels,
+        latent_size=args.resolution // factor,
+        perturbation=ConditionEmbeddingPerturbation(args.cep_gamma, args.cep_type, args.seed),
+        fixed_perturbation=args.cep_mode == "fixed",
+        perturb_null=args.cep_perturb_null,
+        embedding_dropout=args.embedding_dropout,
+        label_smoothing=args.label_smoothing,
+        seed=args.seed,
+    )
+    if args.gradient_checkpointing:
+        denoiser.backbone.model.enable_gradient_checkpointing()
+    return denoiser
+
+
+def rehearse(args: ClassCondArguments) -> None:
+    """Prints what the run would take, without data, GPU or network."""
+    source = find_denoiser(args.denoiser)
+    build_objective(args, source.preset)
+    data = dry_run.open_what_is_here(args)
+    first_stage, channels, factor, why = dry_run.latents_of(args, source.preset)
+    with torch.device("meta"):
+        denoiser = build(args, replace(source, folder=None), dry_run.class_names_of(args, data), channels, factor)
+    size, table = args.resolution // factor, denoiser.encoder.table.weight
+    facts = {
+        "condition embedding": f"{table.numel():,} ({len(table)} rows of {table.shape[1]}, the null class last)",
+        "latents": f"{channels} × {size} × {size} ({why})",
+    }
+    dry_run.report(args, denoiser, data, facts, first_stage)
+
+
 def make_compute_loss(args: ClassCondArguments, first_stage, objective: DiffusionObjective, corruption, null_class):
     """The loss per example: encode, corrupt and drop the label, add noise, predict, compare."""
 
@@ -168,6 +207,8 @@ def export(pipeline, args: ClassCondArguments, run: RunFolder, class_names: list
 @one_sentence_errors
 def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(ClassCondArguments, argv, default_recipe="digits_dit_mini")
+    if args.dry_run:
+        return rehearse(args)
     run = RunFolder(args.output_dir)
     accelerator = hardware.make_accelerator(args)
     on_main(accelerator, lambda: run.check(args))
@@ -175,10 +216,6 @@ def main(argv: list[str] | None = None) -> None:
 
     require(args.pretrained_vae_model_name_or_path is not None, "--pretrained_vae_model_name_or_path is needed.")
     first_stage = open_first_stage(args.pretrained_vae_model_name_or_path, args.seed)
-    require(
-        args.resolution % first_stage.factor == 0,
-        f"--resolution is {args.resolution}, but must be a multiple of the first stage's factor {first_stage.factor}.",
-    )
     source = find_denoiser(args.denoiser)
     data = open_training_data(args)
     class_names = data.source.class_names
@@ -195,26 +232,13 @@ def main(argv: list[str] | None = None) -> None:
         args.corruption_ratio, len(class_names), seed=args.seed, groups=groups, mode=args.corruption_mode
     )
     objective, noise_schedule = build_objective(args, source.preset)
-    denoiser = build_denoiser(
-        source,
-        class_names=class_names,
-        latent_channels=first_stage.latent_channels,
-        latent_size=args.resolution // first_stage.factor,
-        perturbation=ConditionEmbeddingPerturbation(args.cep_gamma, args.cep_type, args.seed),
-        fixed_perturbation=args.cep_mode == "fixed",
-        perturb_null=args.cep_perturb_null,
-        embedding_dropout=args.embedding_dropout,
-        label_smoothing=args.label_smoothing,
-        seed=args.seed,
-    )
-    if args.gradient_checkpointing:
-        denoiser.backbone.model.enable_gradient_checkpointing()
+    denoiser = build(args, source, class_names, first_stage.latent_channels, first_stage.factor)
     if args.enable_xformers_memory_efficient_attention:
         hardware.enable_xformers(denoiser.backbone.model)
 
     facts = data.facts | {
         "first_stage": first_stage.fingerprint,
-        "mixed_precision": accelerator.mixed_precision,
+        "mixed_precision": hardware.precision_of(args),
         "class_groups": groups,
         "denoiser": {name: value for name, value in denoiser.backbone.model.config.items() if name[0] != "_"},
         "noise_schedule": noise_schedule,

@@ -9,21 +9,17 @@ import re
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Literal, TypeVar
 
-import yaml
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from transformers import HfArgumentParser
 
-from noisycond.errors import InputError, closest, require
+from noisycond.errors import InputError, flag_hint, require
+from noisycond.recipes import read_recipe
 
 
-RECIPES = Path(__file__).resolve().parent.parent / "recipes"
-# Flags that other training scripts have and these do not have, and what to do instead.
-LEFT_OUT = {
-    "hub_token": ": a token on a command line ends up in logs and process lists; set HF_TOKEN, or run `hf auth login`"
-}
 ArgumentsT = TypeVar("ArgumentsT", bound="Arguments")
 
 
@@ -43,6 +39,8 @@ class Arguments:
     recipe: str | None = flag(
         None, "A YAML file of flag values, or the name of one in recipes/; flags on the command line win."
     )
+    # No flag: the recipe's values that are marked [inferred] and that the command line leaves as they are.
+    inferred = MappingProxyType({})
 
     def __post_init__(self):
         pass
@@ -65,6 +63,9 @@ class DataArguments(Arguments):
         None, "Keep these classes only: a file with a class name per line, or a number of classes to pick at random."
     )
     class_subset_seed: int = flag(0, "Seed of the random class subset.")
+    num_classes: int | None = flag(
+        None, "The number of classes of the dataset (before --class_subset), checked when it is opened."
+    )
     max_train_samples: int | None = flag(None, "Use the first so many examples only, for debugging.")
     resolution: int = flag(256, "Images are resized so that their shorter side is this long, then cropped square.")
     center_crop: bool = flag(False, "Crop the centre instead of a random place.")
@@ -107,10 +108,9 @@ class DataArguments(Arguments):
         require(self.resolution > 0, f"--resolution is {self.resolution}, but it must be a positive number of pixels.")
         for name in ("max_bad_images", "dataloader_num_workers"):
             require(getattr(self, name) >= 0, f"--{name} is {getattr(self, name)}, but it must not be negative.")
-        require(
-            self.max_train_samples is None or self.max_train_samples > 0,
-            f"--max_train_samples is {self.max_train_samples}, but it must be positive.",
-        )
+        for name in ("num_classes", "max_train_samples"):
+            value = getattr(self, name)
+            require(value is None or value > 0, f"--{name} is {value}, but it must be positive.")
 
 
 @dataclass
@@ -330,7 +330,7 @@ class LoopArguments(Arguments):
     lr_step_rules: str | None = flag(None, "For piecewise_constant, e.g. '1:1000,0.1:2000,0.01'.")
     adam_beta1: float = flag(0.9, "β1 of AdamW.")
     adam_beta2: float = flag(0.999, "β2 of AdamW.")
-    adam_weight_decay: float = flag(0.0, "Weight decay of AdamW; DiT and LDM use none.")
+    adam_weight_decay: float = flag(0.0, "Weight decay of AdamW; DiT uses none.")
     adam_epsilon: float = flag(1e-8, "ε of AdamW.")
     max_grad_norm: float = flag(1.0, "Gradients are clipped to this norm; 0 is no clipping.")
     use_8bit_adam: bool = flag(False, "Use AdamW8bit of bitsandbytes.")
@@ -352,6 +352,7 @@ class LoopArguments(Arguments):
     logging_dir: str = flag("logs", "Sub-folder of the output folder for the trackers.")
     report_to: str = flag("tensorboard", "`tensorboard`, `wandb`, `comet_ml`, `all`, or `none`.")
     validation_steps: int = flag(0, "Draw a sample grid every so many steps; 0 draws one at the end only.")
+    dry_run: bool = flag(False, "Print parameters, batch, steps and memory, and leave; needs neither data nor GPU.")
 
     def __post_init__(self):
         super().__post_init__()
@@ -462,7 +463,7 @@ def parse_arguments(cls: type[ArgumentsT], argv: list[str] | None = None, defaul
     if recipe is None and default_recipe is not None and _is_embedded_default(argv, cls):
         recipe = default_recipe
         argv = [*argv, "--recipe", recipe]
-    recipe_argv = [] if recipe in (None, "none") else _recipe_arguments(recipe, cls, _other_dataset_flag(argv, cls))
+    recipe_argv, inferred = ([], {}) if recipe in (None, "none") else _recipe_arguments(recipe, cls, argv)
     try:
         arguments, unknown = parser.parse_args_into_dataclasses(
             recipe_argv + argv, return_remaining_strings=True, look_for_args_file=False
@@ -474,12 +475,9 @@ def parse_arguments(cls: type[ArgumentsT], argv: list[str] | None = None, defaul
     if unknown:
         known = [option for option in parser._option_string_actions if "-" not in option[2:]]
         name = unknown[0].split("=")[0]
-        raise InputError(f"unknown flag {name}{_hint(name, known)}.")
+        raise InputError(f"unknown flag {name}{flag_hint(name, known)}.")
+    arguments.inferred = inferred
     return arguments
-
-
-def _hint(name: str, known: list[str]) -> str:
-    return LEFT_OUT.get(name.lstrip("-").replace("-", "_")) or closest(name, known)
 
 
 def _value_of(argv: list[str], name: str) -> str | None:
@@ -496,38 +494,27 @@ def _is_embedded_default(argv: list[str], cls: type) -> bool:
     return all(value in (None, "digits") for value in named)
 
 
-def _other_dataset_flag(argv: list[str], cls: type) -> set[str]:
-    """The recipe's ways of naming a dataset, where the command line uses another one."""
-    known = {name for name in WAYS_TO_NAME_DATA if hasattr(cls, name)}
-    given = {name for name in known if _value_of(argv, name) is not None}
-    return known - given if given else set()
+def _given(argv: list[str]) -> set[str]:
+    """The flags on the command line."""
+    options = {word[2:].split("=")[0].replace("-", "_") for word in argv if word.startswith("--")}
+    return options | {option.removeprefix("no_") for option in options}
 
 
-def find_recipe(name: str) -> Path:
-    """The file of a recipe given by path, or by name in recipes/."""
-    known = sorted(path.stem for path in RECIPES.glob("*.yaml"))
-    for path in (Path(name), RECIPES / f"{name}.yaml"):
-        if path.is_file():
-            return path
-    raise InputError(
-        f"--recipe {name}: neither a file nor one of {', '.join(known)}{closest(name, known)}."
-        if known
-        else f"--recipe {name}: there is no such file."
-    )
+def _replaced_by_dataset(argv: list[str], cls: type) -> set[str]:
+    """What of a recipe falls away where the command line names a dataset: the other ways of naming one, and what the
+    recipe says of its own."""
+    ways = {name for name in WAYS_TO_NAME_DATA if hasattr(cls, name)}
+    given = _given(argv) & ways
+    return ways - given | {"num_classes"} if given else set()
 
 
-def _recipe_arguments(name: str, cls: type, left_out: set[str]) -> list[str]:
-    path = find_recipe(name)
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"--recipe {path}: not valid YAML ({' '.join(str(error).split())}).") from error
-    require(isinstance(values, dict), f"--recipe {path}: expected `key: value` lines, one for each flag.")
+def _recipe_arguments(name: str, cls: type, argv: list[str]) -> tuple[list[str], dict[str, object]]:
+    """A recipe as arguments, and those of its values that are marked [inferred] and that `argv` does not replace."""
     types = {item.name: item.type for item in dataclasses.fields(cls) if item.name != "recipe"}
-    known = list(types)
+    recipe = read_recipe(name, types)
+    left_out = _replaced_by_dataset(argv, cls)
     arguments: list[str] = []
-    for key, value in values.items():
-        require(key in known, f"--recipe {path}: unknown key {key!r}{_hint(str(key), known)}.")
+    for key, value in recipe.values.items():
         if value is None or key in left_out:
             continue
         if isinstance(value, list):
@@ -536,4 +523,10 @@ def _recipe_arguments(name: str, cls: type, left_out: set[str]) -> list[str]:
         if isinstance(value, bool) and types[key] is not bool:
             value = "yes" if value else "no"  # YAML reads a bare `no` as False
         arguments.append(f"--{key}={value}")
-    return arguments
+    replaced = left_out | _given(argv)
+    inferred = {
+        key: value
+        for key, value in recipe.values.items()
+        if recipe.marks.get(key) == "inferred" and value is not None and key not in replaced
+    }
+    return arguments, inferred

@@ -14,6 +14,12 @@ from contextlib import contextmanager
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
+# Flags that other training scripts have and these do not have, and what to do instead.
+LEFT_OUT = {
+    "hub_token": ": a token on a command line ends up in logs and process lists; set HF_TOKEN, or run `hf auth login`"
+}
+
+
 class InputError(ValueError):
     """Names the flag or file, what was wrong and what would be right."""
 
@@ -51,6 +57,11 @@ def closest(name: str, known: Iterable[str]) -> str:
     """A hint at the nearest known name: " (did you mean 'x'?)", or nothing where none is near."""
     near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f" (did you mean {near[0]!r}?)" if near else ""
+
+
+def flag_hint(name: str, known: Iterable[str]) -> str:
+    """What to use instead of a flag, or recipe key, that there is not: what stands in LEFT_OUT, else the nearest."""
+    return LEFT_OUT.get(name.lstrip("-").replace("-", "_")) or closest(name, known)
 
 
 def is_main_process() -> bool:

@@ -6,6 +6,7 @@ Letters: B examples, C latent channels, R the resolution, h = w = R / factor the
 import hashlib
 import json
 import logging
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -120,22 +121,47 @@ def open_first_stage(
     Raises:
         InputError: nothing there can be opened as an AutoencoderKL or VQModel.
     """
+    first_stage = _open(name_or_path, lambda cls, config, where, at: cls.from_pretrained(where, **at), seed, flag)
+    logger.info("First stage %s: scaling factor %s.", name_or_path, first_stage.scaling_factor)
+    return first_stage
+
+
+def peek_first_stage(name_or_path: str) -> FirstStage:
+    """The first stage on the meta device, from its configuration alone, where that lies on this machine.
+
+    Raises:
+        InputError: no such configuration is here; the network is not asked.
+    """
+
+    def build(cls, config, where, at):
+        with torch.device("meta"):
+            return cls.from_config(config)
+
+    return _open(name_or_path, build, local_files_only=True)
+
+
+def _open(
+    name_or_path: str,
+    make: Callable,
+    seed: int = 0,
+    flag: str = "--pretrained_vae_model_name_or_path",
+    **options,
+) -> FirstStage:
     location = SHIPPED / name_or_path if (SHIPPED / name_or_path).is_dir() else name_or_path
     reasons = []
     for subfolder in (None, "vae", "vqvae"):
-        options = {} if subfolder is None else {"subfolder": subfolder}
+        at = {} if subfolder is None else {"subfolder": subfolder}
         try:
-            config = AutoencoderKL.load_config(location, **options)
+            config = AutoencoderKL.load_config(location, **at, **options)
             if config.get("_class_name") not in CLASSES:
                 reasons.append(f"it is a {config.get('_class_name')}")
                 continue
-            model = CLASSES[config["_class_name"]].from_pretrained(location, **options)
+            model = make(CLASSES[config["_class_name"]], config, location, at)
             if isinstance(model, VQModel) and "scaling_factor" not in config:
                 # diffusers would fill in 0.18215, a KL autoencoder's number; LDM uses the latents unscaled.
                 model.register_to_config(scaling_factor=1.0)
             # An export repeats this entry: the name that was given, not where this machine keeps it.
             model.register_to_config(_name_or_path=str(name_or_path))
-            logger.info("First stage %s: scaling factor %s.", name_or_path, model.config.scaling_factor)
             return FirstStage(model, seed)
         except (OSError, ValueError, KeyError) as error:
             reasons.append(" ".join(str(error).split()))

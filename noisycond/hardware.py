@@ -9,10 +9,11 @@ from datetime import timedelta
 import psutil
 import torch
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, set_seed
+from accelerate.utils import DistributedType, InitProcessGroupKwargs, ProjectConfiguration, set_seed
 
 from noisycond.arguments import LoopArguments
 from noisycond.errors import InputError, require
+from noisycond.sharding import Layout
 
 
 TRACKERS = ("tensorboard", "wandb", "comet_ml", "all", "none")
@@ -29,23 +30,116 @@ def make_accelerator(args: LoopArguments) -> Accelerator:
     if args.report_to not in ("all", "none"):
         require_library(args.report_to, f"--report_to {args.report_to}")
     on_gpu = torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "").lower() != "true"
+    check_launch(on_gpu)
     _check_precision(args, on_gpu)
     _check_compiler(args, on_gpu)
     accelerator = Accelerator(
         cpu=no_accelerator(),
         gradient_accumulation_steps=args.gradient_accumulation_steps,
-        mixed_precision=args.mixed_precision,
+        # DeepSpeed's own half precision would keep the weights in it, and their average with them.
+        mixed_precision="no" if Layout.of_this_launch().kind == "zero" else args.mixed_precision,
         log_with=None if args.report_to == "none" else args.report_to,
         # The main process measures and draws while the others wait at a barrier.
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))],
         project_config=ProjectConfiguration(args.output_dir, os.path.join(args.output_dir, args.logging_dir)),
     )
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        set_up_deepspeed(accelerator, args)
     if accelerator.device.type == "cpu":
         set_threads(args.cpu_threads_per_process)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.allow_tf32
     set_seed(args.seed)
     set_up_logging(accelerator)
     return accelerator
+
+
+def check_launch(on_gpu: bool) -> None:
+    """Refuses a launch that asks for devices which are not here, before its processes look for each other.
+
+    Raises:
+        InputError: more processes than GPUs or, without a GPU, than CPU cores; named GPUs or sharding without one;
+            FP8, or a way of sharding that is not supported.
+    """
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    asks, config = "The launch asks for", "Give accelerate launch another --config_file or --num_processes."
+    if on_gpu:
+        count = torch.cuda.device_count()
+        require(here <= count, f"{asks} {here} processes on this machine, but it has {count} GPUs. {config}")
+    else:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").strip()
+        require(
+            visible in ("", "-1", "NoDevFiles") or torch.cuda.device_count() > 0,
+            f"{asks} the GPUs {visible} (gpu_ids or CUDA_VISIBLE_DEVICES), but there is none here. {config}",
+        )
+        for variable, what in (("ACCELERATE_USE_FSDP", "FSDP"), ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed")):
+            require(
+                os.environ.get(variable, "").lower() != "true",
+                f"{asks} {what}, which needs GPUs, and none is used here. {config}",
+            )
+        require(
+            here <= max(2, _cores()),
+            f"{asks} {here} processes on this machine, but it has no GPU and {_cores()} CPU cores. {config}",
+        )
+    require(
+        os.environ.get("ACCELERATE_MIXED_PRECISION") != "fp8",
+        "The launch asks for mixed_precision fp8, which is not supported; use bf16, fp16 or no.",
+    )
+    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
+        _check_fsdp()
+
+
+def set_up_deepspeed(accelerator: Accelerator, args: LoopArguments) -> None:
+    """Gives DeepSpeed the run's own batch, clipping and precision, so that its configuration says nothing else.
+
+    The weights stay in float32 and are cast by autocast: DeepSpeed casts them for good with its own `bf16` and `fp16`.
+
+    Raises:
+        InputError: another stage than 1 or 2, offloading, or a configuration file that casts the weights.
+    """
+    plugin = accelerator.state.deepspeed_plugin
+    config = plugin.deepspeed_config
+    zero = config.get("zero_optimization", {})
+    require(
+        plugin.zero_stage in (1, 2),
+        f"The launch asks for DeepSpeed's ZeRO stage {plugin.zero_stage}, but only 1 and 2 are supported; FSDP shards "
+        "the weights too (recipes/accelerate/fsdp.yaml).",
+    )
+    offloads = [zero.get(f"offload_{what}", {}).get("device", "none") for what in ("optimizer", "param")]
+    require(
+        all(device in (None, "none") for device in offloads),
+        "The launch asks DeepSpeed to offload, which is not supported; set both offload devices to none.",
+    )
+    half = any(config.get(name, {}).get("enabled") is True for name in ("fp16", "bf16"))
+    require(not half, "DeepSpeed's configuration file sets fp16 or bf16; leave that to --mixed_precision bf16.")
+    require(precision_of(args) in ("no", "bf16"), "With DeepSpeed --mixed_precision must be bf16 or no.")
+    config["train_micro_batch_size_per_gpu"] = args.train_batch_size
+    config["gradient_accumulation_steps"] = args.gradient_accumulation_steps
+    config["gradient_clipping"] = args.max_grad_norm
+    config["torch_autocast"] = {"enabled": precision_of(args) == "bf16", "dtype": "bfloat16"}
+
+
+def precision_of(args: LoopArguments) -> str:
+    """The precision of the computations: the flag's, or the launcher's."""
+    return args.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+
+
+def _check_fsdp() -> None:
+    require(
+        os.environ.get("FSDP_VERSION", "1") == "2",
+        "The launch asks for FSDP version 1, but only fsdp_version: 2 is supported (recipes/accelerate/fsdp.yaml).",
+    )
+    require(
+        os.environ.get("FSDP_OFFLOAD_PARAMS", "false").lower() != "true",
+        "The launch asks for fsdp_offload_params, which is not supported; set it to false.",
+    )
+    require(
+        os.environ.get("FSDP_STATE_DICT_TYPE", "SHARDED_STATE_DICT").upper() == "SHARDED_STATE_DICT",
+        "The launch asks for another fsdp_state_dict_type than SHARDED_STATE_DICT, the one that is supported.",
+    )
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def no_accelerator() -> bool:
@@ -67,9 +161,13 @@ def require_library(name: str, flag: str) -> None:
 
 
 def _check_precision(args: LoopArguments, on_gpu: bool) -> None:
-    precision = args.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    precision = precision_of(args)
     require(
         precision != "fp16" or on_gpu, "--mixed_precision fp16 needs a GPU, and none is used here; try bf16 or no."
+    )
+    require(
+        precision != "fp16" or os.environ.get("ACCELERATE_USE_FSDP", "").lower() != "true",
+        "--mixed_precision fp16 does not go with FSDP here; use bf16 or no.",
     )
     require(not args.allow_tf32 or on_gpu, "--allow_tf32 needs a GPU (Ampere or later), and none is used here.")
     if args.use_8bit_adam:
@@ -108,8 +206,7 @@ def set_threads(wanted: int | None = None) -> None:
     Otherwise the cores are shared among the processes of this machine.
     """
     if wanted is None and not _user_set_threads():
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        wanted = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+        wanted = max(1, _cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     if wanted is not None:
         torch.set_num_threads(wanted)
 

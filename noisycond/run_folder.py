@@ -61,6 +61,8 @@ MAY_CHANGE = {
     "train_shards",
     "class_names",
     "pretrained_vae_model_name_or_path",
+    "num_classes",  # the classes themselves are compared
+    "dry_run",
     "class_groups",  # the groups themselves are compared
     "mixed_precision",  # what accelerate made of it is compared
     "train_batch_size",  # the global batch size is compared instead

@@ -19,6 +19,7 @@ from noisycond.data.images import BadImages, LabelledImages
 from noisycond.errors import require
 from noisycond.processes import on_main
 from noisycond.run_folder import RunFolder
+from noisycond.sharding import Layout
 from noisycond.signals import StopSignals
 from noisycond.training_state import ComputeLoss, Tally, TrainingState
 
@@ -50,10 +51,10 @@ def check_space(args: LoopArguments, denoiser: nn.Module) -> None:
     )
 
 
-def steps_to_train(args: LoopArguments, batches: Batches) -> int:
+def steps_to_train(args: LoopArguments, num_examples: int | None, global_batch_size: int) -> int:
     """Optimizer steps of a run: --max_train_steps (always given for a stream), or --num_train_epochs passes over the
     dataset."""
-    return args.max_train_steps or -(-args.num_train_epochs * batches.num_examples // batches.global_batch_size)
+    return args.max_train_steps or -(-args.num_train_epochs * num_examples // global_batch_size)
 
 
 def fit(
@@ -69,7 +70,8 @@ def fit(
     tallies: dict[str, Tally] | None = None,
     validate: Callable[[int], None] | None = None,
 ) -> FitResult:
-    """Trains until --max_train_steps, or until a signal asks to stop; the denoiser ends with the averaged weights.
+    """Trains until --max_train_steps, or until a signal asks to stop; the main process's denoiser ends with
+    the averaged weights, whole.
 
     Args:
         denoiser: what is trained, checkpointed and averaged.
@@ -85,8 +87,8 @@ def fit(
     Raises:
         InputError: too many non-finite losses or unreadable images, or no space left.
     """
-    max_steps = steps_to_train(args, batches)
-    state = TrainingState(denoiser.to(accelerator.device), args, max_steps, accelerator, tallies or {}, batches)
+    max_steps = steps_to_train(args, batches.num_examples, batches.global_batch_size)
+    state = TrainingState(denoiser, args, max_steps, accelerator, tallies or {}, batches)
     if resume_from is not None:
         state.load(resume_from)
     progress, saved_at = state.progress, state.progress.step
@@ -111,8 +113,7 @@ def fit(
         if saved_at != progress.step:
             state.save()
         totals = state.totals()
-    if state.ema is not None:
-        state.ema.copy_to(state.parameters)
+    state.keep_averaged_weights()
     accelerator.wait_for_everyone()
     state.close()
     return FitResult(progress.step, state.stopped_by if progress.step < max_steps else None, totals)
@@ -127,10 +128,12 @@ def _log(state: TrainingState, run: RunFolder, row: dict) -> None:
 
 
 def _validate(state: TrainingState, validate: Callable[[int], None]) -> None:
-    if state.accelerator.is_main_process:
+    main = state.accelerator.is_main_process
+    if main or state.sharded:
         with state.averaged_weights():
-            state.denoiser.eval()
-            validate(state.progress.step)
+            if main:
+                state.denoiser.eval()
+                validate(state.progress.step)
     state.prepared.train()
     state.accelerator.wait_for_everyone()
 
@@ -147,11 +150,11 @@ def _bar(state: TrainingState) -> tqdm:
 
 
 def facts(args: LoopArguments, batches: Batches) -> dict:
-    """What a resumed run must share beside its flags, as JSON values: the global batch size, and the number of steps
-    where the learning rate depends on it."""
-    shared = {"global_batch_size": batches.global_batch_size}
+    """What a resumed run must share beside its flags, as JSON values: the global batch size, the number of steps
+    where the learning rate depends on it, and how checkpoints are sharded."""
+    shared = {"global_batch_size": batches.global_batch_size, "sharding": Layout.of_this_launch().of_checkpoints}
     if args.lr_scheduler not in ("constant", "constant_with_warmup", "piecewise_constant"):
-        shared["optimizer_steps"] = steps_to_train(args, batches)
+        shared["optimizer_steps"] = steps_to_train(args, batches.num_examples, batches.global_batch_size)
     return shared
 
 
@@ -162,8 +165,11 @@ def announce(
     if args.report_to != "none":
         simple = {name: value for name, value in asdict(args).items() if isinstance(value, (bool, int, float, str))}
         accelerator.init_trackers("noisycond", config=simple)
-    steps = steps_to_train(args, batches)
+    steps = steps_to_train(args, batches.num_examples, batches.global_batch_size)
     parameters = sum(parameter.numel() for parameter in denoiser.parameters() if parameter.requires_grad)
+    if args.inferred:
+        values = ", ".join(f"{name} {value}" for name, value in args.inferred.items())
+        logger.info("Values of the recipe %s that are our reading [inferred]: %s.", args.recipe, values)
     logger.info("%s in %d classes.", images.describe(), len(images.source.class_names))
     logger.info("%.2f M trainable parameters on %s.", parameters / 1e6, accelerator.device)
     logger.info(

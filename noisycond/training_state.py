@@ -2,6 +2,7 @@
 it. Everything here is saved in a checkpoint and taken up again.
 """
 
+import copy
 import json
 import logging
 import math
@@ -13,7 +14,7 @@ from typing import Protocol
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import DistributedType, gather_object
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file, save_file
@@ -24,6 +25,7 @@ from noisycond.arguments import LoopArguments
 from noisycond.data.images import BadImages
 from noisycond.errors import InputError
 from noisycond.randomness import step_keys
+from noisycond.sharding import shard_of, shards, value, whole
 from noisycond.signals import StopSignals
 
 
@@ -58,8 +60,9 @@ class TrainingState:
     """What [`noisycond.trainer.fit`] works on.
 
     Args:
-        denoiser: what is trained. max_steps: optimizer steps of the whole run. tallies: named counts. batches: the
-            data, whose place is saved too.
+        denoiser: what is trained; where it is sharded, a copy of it is, and it takes up the whole weights on the main
+            process when they are asked for. max_steps: optimizer steps of the whole run. tallies: named counts.
+            batches: the data, whose place is saved too.
     """
 
     def __init__(
@@ -67,12 +70,16 @@ class TrainingState:
     ):
         self.batches = batches
         self.denoiser, self.args, self.accelerator, self.tallies = denoiser, args, accelerator, tallies
+        # DeepSpeed steps within the last backward pass, and passes over what is not finite by itself.
+        self.steps_itself = accelerator.distributed_type == DistributedType.DEEPSPEED
+        self.sharded = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+        trained = (copy.deepcopy(denoiser) if self.sharded else denoiser).to(accelerator.device)
         self.max_steps, self.progress = max_steps, Progress()
         # Agreed on by all processes, unlike what each of them receives; see train_step.
         self.stopped_by: str | None = None
-        self.parameters = [parameter for parameter in denoiser.parameters() if parameter.requires_grad]
         self.names = [name for name, parameter in denoiser.named_parameters() if parameter.requires_grad]
-        self.optimizer = make_optimizer(self.parameters, args, accelerator.num_processes)
+        parameters = [parameter for parameter in trained.parameters() if parameter.requires_grad]
+        self.optimizer = make_optimizer(parameters, args, accelerator.num_processes)
         # Not prepared by accelerate, which would step it once per process: here one optimizer step is one step.
         self.lr_schedule = get_scheduler(
             args.lr_scheduler,
@@ -84,13 +91,17 @@ class TrainingState:
             power=args.lr_power,
         )
         if args.torch_compile:
-            denoiser.compile()
-        self.prepared, self.optimizer = accelerator.prepare(denoiser, self.optimizer)
-        self.ema = EMAModel(self.parameters, decay=args.ema_decay, foreach=True) if args.use_ema else None
-        self._hooks = [
-            accelerator.register_save_state_pre_hook(self._unwrapped_weights),
-            accelerator.register_load_state_pre_hook(self._load_unwrapped_weights),
-        ]
+            trained.compile()
+        self.prepared, self.optimizer = accelerator.prepare(trained, self.optimizer)
+        # Sharding replaces the parameters, so they are taken here and not before.
+        self.parameters = [parameter for parameter in trained.parameters() if parameter.requires_grad]
+        self.ema = EMAModel(shards(self.parameters), decay=args.ema_decay, foreach=True) if args.use_ema else None
+        self._hooks = []
+        if not self.sharded:
+            self._hooks = [
+                accelerator.register_save_state_pre_hook(self._unwrapped_weights),
+                accelerator.register_load_state_pre_hook(self._load_unwrapped_weights),
+            ]
 
     def train_step(
         self, batches: Iterator[dict], compute_loss: ComputeLoss, stop: StopSignals, bad: BadImages
@@ -119,11 +130,12 @@ class TrainingState:
         if report[2]:
             bad.add(gather_object(new_bad), quiet=not accelerator.is_main_process)
 
-        grad_norm = accelerator.clip_grad_norm_(self.parameters, self.args.max_grad_norm or float("inf"))
+        grad_norm = value(accelerator.clip_grad_norm_(self.parameters, self.args.max_grad_norm or float("inf")))
+        grad_norm = math.nan if grad_norm is None else float(grad_norm)
         progress.attempted_step += 1
         learning_rate = self.lr_schedule.get_last_lr()[0]
         scaled, finite = accelerator.scaler is not None, math.isfinite(loss)
-        stepped = finite and (scaled or bool(torch.isfinite(grad_norm)))
+        stepped = finite and (scaled or self.steps_itself or math.isfinite(grad_norm))
         if not finite:
             self.optimizer.zero_grad()
         if stepped or scaled:  # a gradient scaler must see the step it is to skip, or it never lowers its scale
@@ -132,13 +144,13 @@ class TrainingState:
         self.optimizer.zero_grad()
         if not stepped:
             # A scaler that is still finding its scale skips steps too: with a finite loss that is no failure.
-            self._skip(loss, float(grad_norm), counts=not (scaled and finite))
+            self._skip(loss, grad_norm, counts=not (scaled and finite))
             return None
         progress.step, progress.nonfinite_steps = progress.step + 1, 0
         self.lr_schedule.step()
         if self.ema is not None:
-            self.ema.step(self.parameters)
-        return {"step": progress.step, "loss": loss, "lr": learning_rate, "grad_norm": float(grad_norm)}
+            self.ema.step(shards(self.parameters))
+        return {"step": progress.step, "loss": loss, "lr": learning_rate, "grad_norm": grad_norm}
 
     def _skip(self, loss: float, grad_norm: float, counts: bool) -> None:
         self.progress.nonfinite_steps += counts
@@ -161,15 +173,42 @@ class TrainingState:
 
     @contextmanager
     def averaged_weights(self):
-        """Within it the denoiser has the averaged weights."""
-        if self.ema is not None:
+        """Within it the main process's denoiser has the averaged weights. All processes take part."""
+        if self.sharded:
+            self._gather()
+        elif self.ema is not None:
             self.ema.store(self.parameters)
             self.ema.copy_to(self.parameters)
         try:
             yield
         finally:
-            if self.ema is not None:
+            if self.sharded:
+                self.denoiser.cpu()
+            elif self.ema is not None:
                 self.ema.restore(self.parameters)
+
+    def keep_averaged_weights(self) -> None:
+        """Leaves the main process's denoiser with the averaged weights. All processes take part."""
+        if self.sharded:
+            self._gather()
+        elif self.ema is not None:
+            self.ema.copy_to(self.parameters)
+
+    @torch.no_grad()
+    def _gather(self) -> None:
+        """The whole weights, averaged where there is an average, into the main process's denoiser."""
+        own = dict(self.denoiser.named_parameters())
+        for name, tensor in self._whole(self.ema.shadow_params if self.ema else shards(self.parameters)):
+            own[name].copy_(tensor)
+        if self.accelerator.is_main_process:
+            self.denoiser.to(self.accelerator.device)
+
+    def _whole(self, held: list[torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
+        """Names and whole tensors on the main process, nothing on the others, which must run through it too."""
+        for name, shard, parameter in zip(self.names, held, self.parameters, strict=True):
+            tensor = whole(shard, parameter)
+            if self.accelerator.is_main_process:
+                yield name, tensor.cpu() if self.sharded else tensor
 
     def save(self) -> None:
         """Saves a checkpoint of this step."""
@@ -179,10 +218,11 @@ class TrainingState:
 
         def write(folder: Path) -> None:
             self.accelerator.save_state(str(folder))
+            average = dict(self._whole(self.ema.shadow_params)) if self.ema is not None else {}
             if self.accelerator.is_main_process:
                 if self.ema is not None:
                     state["ema_step"] = self.ema.optimization_step
-                    save_file(dict(zip(self.names, self.ema.shadow_params, strict=True)), folder / "ema.safetensors")
+                    save_file(average, folder / "ema.safetensors")
                 (folder / "trainer_state.json").write_text(json.dumps(state))
 
         limit = self.args.checkpoints_total_limit
@@ -197,7 +237,9 @@ class TrainingState:
         self.lr_schedule.load_state_dict(state["lr_schedule"])
         if self.ema is not None:
             shadow = load_file(folder / "ema.safetensors")
-            self.ema.shadow_params = [shadow[name].to(self.accelerator.device) for name in self.names]
+            self.ema.shadow_params = [
+                shard_of(shadow[name], parameter) for name, parameter in zip(self.names, self.parameters, strict=True)
+            ]
             self.ema.optimization_step = state["ema_step"]
         for name, tally in self.tallies.items():
             total = torch.tensor(state["tallies"][name])

@@ -9,7 +9,7 @@ from noisycond.arguments import DataArguments, StreamArguments
 from noisycond.data.batches import Batches
 from noisycond.data.images import BadImages, LabelledImages, Transform
 from noisycond.data.latent_cache import default_cache_dir, open_latent_cache
-from noisycond.data.sources import ImageSource, open_source
+from noisycond.data.sources import ImageSource, check_number_of_classes, open_source
 from noisycond.data.stream_batches import StreamBatches, StreamedImages
 from noisycond.data.streams import StreamSource, open_stream
 from noisycond.first_stage import FirstStage
@@ -44,6 +44,7 @@ def open_training_data(args: DataArguments) -> TrainingData:
     )
     if isinstance(args, StreamArguments) and args.streaming:
         stream = open_stream(args)
+        check_number_of_classes(args, stream.class_names)
         facts = {"dataset": stream.fingerprint, "shards": len(stream.shards), "class_names": stream.class_names}
         return TrainingData(StreamedImages(stream, transform), BadImages(args.max_bad_images), facts)
     source = open_source(args)

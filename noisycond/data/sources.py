@@ -13,7 +13,7 @@ from PIL import Image
 
 from noisycond import randomness
 from noisycond.data.folder_index import open_folder
-from noisycond.errors import InputError, closest
+from noisycond.errors import InputError, closest, require
 from noisycond.randomness import Purpose
 
 
@@ -231,6 +231,15 @@ def choose_classes(class_names: list[str], class_subset: str, seed: int) -> list
     return sorted(places[name] for name in wanted)
 
 
+def check_number_of_classes(args, class_names: list[str]) -> None:
+    """Raises InputError where `--num_classes` says another number than the dataset has."""
+    count = len(class_names)
+    require(
+        args.num_classes in (None, count),
+        f"--num_classes is {args.num_classes}, but the dataset has {count} classes; say --num_classes {count}.",
+    )
+
+
 def open_source(args, split: str | None = None) -> ImageSource:
     """The images that [`DataArguments`] name, with the class subset and sample limit applied.
 
@@ -250,6 +259,7 @@ def open_source(args, split: str | None = None) -> ImageSource:
             args.label_column,
             args.cache_dir,
         )
+    check_number_of_classes(args, source.class_names)
     if args.class_subset is not None:
         classes = choose_classes(source.class_names, args.class_subset, args.class_subset_seed)
         source = Subset(source, np.flatnonzero(np.isin(source.labels, classes)), classes)

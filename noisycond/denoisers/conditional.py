@@ -68,7 +68,8 @@ class ConditionalDenoiser(nn.Module):
 
     Args:
         encoder: `encoder(condition, keys) → embedding [B, ..., D]`, with `is_null(condition) → bool [B]`.
-        backbone: `backbone(noisy, timesteps, embedding) → prediction`, with `export() → diffusers model`.
+        backbone: `backbone(noisy, timesteps, embedding) → prediction`, with `export() → diffusers model` and
+            `shard_units`.
         perturbation: CEP, or None.
         fixed: draw δ from the example's `index` instead of the step's keys, so an example always gets the same one.
         perturb_null: whether the null embedding is perturbed too.
@@ -85,6 +86,12 @@ class ConditionalDenoiser(nn.Module):
         super().__init__()
         self.encoder, self.backbone, self.perturbation = encoder, backbone, perturbation
         self.fixed, self.perturb_null = fixed, perturb_null
+
+    @property
+    def _no_split_modules(self) -> list[str]:
+        """The classes of the modules that FSDP gathers one at a time, under the name by which accelerate asks."""
+        here = {type(module).__name__ for module in self.modules()}
+        return [name for name in self.backbone.shard_units if name in here]
 
     def forward(
         self, noisy: torch.Tensor, timesteps: torch.Tensor, condition: dict, keys: torch.Tensor | None = None

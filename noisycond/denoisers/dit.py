@@ -38,6 +38,8 @@ class DiTBackbone(nn.Module):
     subfolder = "transformer"
     fits_any_size = False
     can_learn_variance = True
+    # Classes of modules that FSDP gathers one at a time.
+    shard_units = ("BasicTransformerBlock",)
     embedding_std = 0.02
 
     def __init__(self, **config):

@@ -25,6 +25,8 @@ class UNetBackbone(nn.Module):
     subfolder = "unet"
     fits_any_size = True
     can_learn_variance = False
+    # Classes of modules that FSDP gathers one at a time.
+    shard_units = ("BasicTransformerBlock", "ResnetBlock2D")
     # LDM's class embedder starts as `torch.nn.Embedding` does, at variance 1.
     embedding_std = 1.0
 

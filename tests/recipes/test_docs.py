@@ -3,17 +3,20 @@
 import dataclasses
 import re
 import shlex
-from pathlib import Path
 
 import pytest
 from launching import ROOT, load_script
 
 from noisycond.arguments import Arguments, parse_arguments
 from noisycond.convert import ConvertArguments, with_flags
+from noisycond.recipes import recipe_names
 
 
 CHECKPOINTS = (ROOT / "docs/checkpoints.md").read_text(encoding="utf-8")
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+RECIPES_README = (ROOT / "recipes/README.md").read_text(encoding="utf-8")
+SCALING = (ROOT / "docs/scaling.md").read_text(encoding="utf-8")
+DOCS = {"README.md": README, "recipes/README.md": RECIPES_README, "docs/scaling.md": SCALING}
 SCRIPTS = {
     "train_class_cond.py": ("ClassCondArguments", "digits_dit_mini"),
     "train_autoencoder.py": ("AutoencoderArguments", "digits_kl"),
@@ -27,14 +30,14 @@ def arguments_class(script: str) -> type[Arguments]:
 
 def commands(text: str) -> list[str]:
     blocks = re.findall(r"```bash\n(.*?)```", text, re.S)
-    return [line for block in blocks for line in block.splitlines() if "accelerate launch" in line]
+    return [line for block in blocks for line in block.splitlines() if re.search(r"\w+\.py\b", line)]
 
 
 def test_there_are_commands():
     assert len(commands(README)) >= 8
 
 
-@pytest.mark.parametrize("command", commands(README))
+@pytest.mark.parametrize("command", [command for text in DOCS.values() for command in commands(text)])
 def test_command_parses(command, tmp_path, monkeypatch):
     words = shlex.split(command, comments=True)
     script = next(word for word in words if word.endswith(".py"))
@@ -95,7 +98,26 @@ def test_python_blocks_import_what_exists():
                 exec(line, {})  # noqa: S102
 
 
-def test_every_recipe_is_named_after_a_file_the_docs_or_defaults_use():
-    names = {path.stem for path in Path(ROOT / "recipes").glob("*.yaml")}
-    text = README + "".join((ROOT / script).read_text() for script in SCRIPTS)
-    assert all(name in text for name in names)
+def test_every_recipe_is_in_the_table_of_recipes():
+    rows = re.findall(r"^\| .*$", RECIPES_README, re.M)
+    names = re.findall(r"`([\w./]+)`", "\n".join(rows))
+    assert set(recipe_names()) == {name for name in names if not name.endswith(".py")}
+
+
+def test_files_named_in_the_docs_exist():
+    for text in (RECIPES_README, SCALING):
+        for name in re.findall(r"\b(?:recipes|docs)/[\w/]+\.\w+", text):
+            assert (ROOT / name).exists(), name
+
+
+def test_the_memory_table_is_what_a_dry_run_says(monkeypatch, script, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    for column, recipe in enumerate(("ldm_4_in1k", "dit_xl_2_in1k")):
+        for row, variable in (("a whole copy", None), ("FSDP", "FSDP"), ("DeepSpeed ZeRO 2", "DEEPSPEED")):
+            with monkeypatch.context() as context:
+                if variable:
+                    context.setenv(f"ACCELERATE_USE_{variable}", "true")
+                script("train_class_cond", "--recipe", recipe, "--dry_run")
+            total = re.search(r"total +([\d.]+) GB", capsys.readouterr().out)[1]
+            figures = re.search(rf"^\| {row}.*?\| ([\d.]+) \| ([\d.]+) \|$", SCALING, re.M).groups()
+            assert f"{float(total):.2f}" == figures[column], (recipe, row)

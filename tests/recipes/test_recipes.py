@@ -1,5 +1,6 @@
 """Every recipe parses with the script it is for, says where each value comes from, and its model can be built."""
 
+import dataclasses
 import re
 from pathlib import Path
 
@@ -8,33 +9,45 @@ import torch
 import yaml
 from launching import load_script
 
-from noisycond.arguments import RECIPES, parse_arguments
+from noisycond.arguments import parse_arguments
 from noisycond.denoisers import build_denoiser, find_denoiser
 from noisycond.first_stage import FirstStage, open_first_stage
+from noisycond.recipes import RECIPES, recipe_names
 
 
-PATHS = sorted(RECIPES.glob("*.yaml"))
+PATHS = [RECIPES / f"{name}.yaml" for name in recipe_names()]
 AUTOENCODERS = {"digits_kl", "digits_vq"}
 # Channels and factor of first stages that are not on this machine.
-REMOTE = {"stabilityai/sd-vae-ft-ema": (4, 8)}
-CLASSES = {"dit_xl_2_in1k": 1000}
-every_recipe = pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
+REMOTE = {"stabilityai/sd-vae-ft-ema": (4, 8), "CompVis/ldm-celebahq-256": (3, 4)}
+every_recipe = pytest.mark.parametrize("path", PATHS, ids=lambda path: str(path.relative_to(RECIPES)))
+# Those that build on another have its model.
+MODELS = [path for path in PATHS if path.parent == RECIPES]
 
 
-def parse(path: Path):
-    if path.stem in AUTOENCODERS:
-        return parse_arguments(load_script("train_autoencoder").AutoencoderArguments, ["--recipe", path.stem])
-    return parse_arguments(load_script("train_class_cond").ClassCondArguments, ["--recipe", path.stem])
+def parse(path: Path, *argv):
+    name = str(path.relative_to(RECIPES)).removesuffix(".yaml")
+    module, cls = (
+        ("train_autoencoder", "AutoencoderArguments")
+        if path.stem in AUTOENCODERS
+        else ("train_class_cond", "ClassCondArguments")
+    )
+    return parse_arguments(getattr(load_script(module), cls), ["--recipe", name, *argv])
 
 
 def test_there_are_recipes():
-    assert {"digits_kl", "digits_vq", "digits_dit_mini", "dit_xl_2_in1k"} <= {path.stem for path in PATHS}
+    settings = [f"eta_{ratio}" for ratio in ("2.5", "5", "7.5", "10", "15", "20")]
+    settings += ["eta_2.5_random", "cep_u", "cep_g", "cep_fixed"]
+    settings += ["input_perturbation", "embedding_dropout", "label_smoothing"]
+    models = ("ldm_4_in1k", "dit_xl_2_in1k")
+    expected = {"digits_kl", "digits_vq", "digits_dit_mini", *models}
+    assert expected | {f"{model}/{setting}" for model in models for setting in settings} <= set(recipe_names())
 
 
 @every_recipe
 def test_a_recipe_parses_and_its_values_arrive(path):
     args = parse(path)
     values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    values.pop("base", None)
     for key, value in values.items():
         given = getattr(args, key)
         assert type(given)(value) == given if isinstance(given, float) else value == given, key
@@ -43,21 +56,57 @@ def test_a_recipe_parses_and_its_values_arrive(path):
 @every_recipe
 def test_every_value_says_where_it_comes_from(path):
     lines = path.read_text(encoding="utf-8").splitlines()
-    values = [line for line in lines if line.strip() and not line.lstrip().startswith("#")]
-    assert len(values) == len(yaml.safe_load("\n".join(lines)))  # a value per line, no key twice
+    values = [line for line in lines if line.strip() and not line.lstrip().startswith(("#", "base:"))]
+    assert len(values) == len(yaml.safe_load("\n".join(lines)).keys() - {"base"})  # a value per line, no key twice
     for line in values:
         _, _, comment = line.partition("#")
         marks = re.findall(r"\[(?:seen|field|inferred)\]", comment)
         assert len(marks) == 1, line
 
 
+def test_a_recipe_writes_into_a_folder_of_its_own():
+    folders = [parse(path).output_dir for path in PATHS]
+    assert len(set(folders)) == len(folders)
+
+
+@pytest.mark.parametrize("model", ["ldm_4_in1k", "dit_xl_2_in1k"])
+def test_the_settings_of_a_model_differ_in_what_they_are_named_after_alone(model):
+    clean = dataclasses.asdict(parse(RECIPES / f"{model}.yaml"))
+    assert clean["corruption_ratio"] == clean["cep_gamma"] == clean["input_perturbation"] == 0
+    assert clean["embedding_dropout"] == clean["label_smoothing"] == 0
+    for path in (RECIPES / model).glob("*.yaml"):
+        args = dataclasses.asdict(parse(path))
+        changed = {name for name in args if args[name] != clean[name]} - {"recipe", "output_dir"}
+        expected = {"eta": "corruption_", "cep": "cep_"}.get(path.stem.split("_")[0], path.stem)
+        assert changed and all(name.startswith(expected) for name in changed), path
+        if path.stem.startswith("eta"):
+            assert args["corruption_ratio"] == float(path.stem.split("_")[1]) / 100
+
+
+def test_global_batches_of_the_papers():
+    """On eight GPUs: 1200 for LDM-4 (arXiv:2112.10752), 256 for DiT (arXiv:2212.09748)."""
+    for model, batch, steps in (("ldm_4_in1k", 1200, 178_000), ("dit_xl_2_in1k", 256, 400_000)):
+        args = parse(RECIPES / f"{model}.yaml")
+        assert args.train_batch_size * args.gradient_accumulation_steps * 8 == batch
+        assert (args.max_train_steps, args.num_classes) == (steps, 1000)
+
+
 @every_recipe
-def test_a_recipe_writes_into_a_folder_of_its_own(path):
-    folders = [parse(other).output_dir for other in PATHS]
-    assert folders.count(parse(path).output_dir) == 1
+def test_dry_run(path, script, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # a recipe's output folder is relative
+    name = str(path.relative_to(RECIPES)).removesuffix(".yaml")
+    script("train_autoencoder" if path.stem in AUTOENCODERS else "train_class_cond", "--recipe", name, "--dry_run")
+    said = capsys.readouterr().out
+    for words in ("parameters", "trainable", "global batch", "optimizer steps", "memory per device", "weights"):
+        assert words in said
+    for words in ("gradients", "optimizer state (AdamW)", "moving average", "total", "activations"):
+        assert words in said
+    assert "[inferred]" in said and f"output_dir {parse(path).output_dir}" in said
+    assert ("ImageNet" in path.read_text()) == ("1001 rows" in said)
+    assert not list(tmp_path.iterdir())  # nothing was written
 
 
-@pytest.mark.parametrize("path", [path for path in PATHS if path.stem in AUTOENCODERS], ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [path for path in MODELS if path.stem in AUTOENCODERS], ids=lambda path: path.stem)
 def test_the_autoencoder_of_a_recipe_builds(path):
     args = parse(path)
     with torch.device("meta"):
@@ -67,7 +116,9 @@ def test_the_autoencoder_of_a_recipe_builds(path):
     assert first_stage.factor == 2 ** (len(args.block_out_channels) - 1)
 
 
-@pytest.mark.parametrize("path", [path for path in PATHS if path.stem not in AUTOENCODERS], ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", [path for path in MODELS if path.stem not in AUTOENCODERS], ids=lambda path: path.stem
+)
 def test_the_denoiser_of_a_recipe_builds(path):
     args = parse(path)
     name = args.pretrained_vae_model_name_or_path
@@ -77,7 +128,7 @@ def test_the_denoiser_of_a_recipe_builds(path):
         first_stage = open_first_stage(name)
         channels, factor = first_stage.latent_channels, first_stage.factor
     assert args.resolution % factor == 0
-    size, count = args.resolution // factor, CLASSES.get(path.stem, 10)
+    size, count = args.resolution // factor, args.num_classes or 10
     with torch.device("meta"):
         denoiser = build_denoiser(
             find_denoiser(args.denoiser),

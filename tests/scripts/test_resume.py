@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 
 FLAGS = ["--max_train_steps", "40", "--checkpointing_steps", "10", "--report_to", "none"]
 FLAGS += ["--checkpoints_total_limit", "4", "--corruption_ratio", "0.1", "--save_corruption_map"]
+FLAGS += ["--lr_warmup_steps", "10"]
 FLAGS += ["--validation_images_per_class", "1", "--validation_inference_steps", "2"]
 
 
@@ -134,18 +135,24 @@ def test_ctrl_c_to_the_process_group(straight, tmp_path):
     assert_same(straight, folder)
 
 
-def test_two_processes_resume_exactly_and_equal_one_with_the_same_global_batch(straight, tmp_path):
-    half = ["--train_batch_size", "32"]
-    finish(tmp_path / "two", *half, processes=2)
-    kill_at(20, tmp_path / "cut", *half, processes=2)
-    finish(tmp_path / "cut", *half, "--resume_from_checkpoint", "latest", processes=2)
+def test_two_processes_that_accumulate_resume_exactly_and_equal_one_with_the_same_global_batch(straight, tmp_path):
+    quarter = ["--train_batch_size", "16", "--gradient_accumulation_steps", "2"]
+    finish(tmp_path / "two", *quarter, processes=2)
+    kill_at(20, tmp_path / "cut", *quarter, processes=2)
+    finish(tmp_path / "cut", *quarter, "--resume_from_checkpoint", "latest", processes=2)
     assert_same(tmp_path / "two", tmp_path / "cut")
 
     one, two = (
-        np.array([json.loads(line)["loss"] for line in (folder / "log.jsonl").read_text().splitlines()])
+        [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
         for folder in (straight, tmp_path / "two")
     )
-    assert np.abs(one / two - 1).max() < 1e-4
+    assert [(row["step"], row["lr"]) for row in one] == [(row["step"], row["lr"]) for row in two]
+    assert len({row["lr"] for row in one}) > 35  # the schedule is felt
+    for name, tolerance in (("loss", 1e-4), ("grad_norm", 1e-2)):
+        values = np.array([[row[name] for row in rows] for rows in (one, two)])
+        assert np.abs(values[0] / values[1] - 1).max() < tolerance, name
+    averages = [load_file(folder / "checkpoint-40/ema.safetensors") for folder in (straight, tmp_path / "two")]
+    assert max((averages[0][name] - averages[1][name]).abs().max().item() for name in averages[0]) < 1e-3
     for name in ("corruption.json", "corruption_map.csv"):
         assert (straight / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
 

@@ -11,11 +11,11 @@ from noisycond.arguments import (
     LoopArguments,
     ObjectiveArguments,
     PerturbationArguments,
-    find_recipe,
     flag,
     parse_arguments,
 )
 from noisycond.errors import InputError
+from noisycond.recipes import find_recipe
 
 
 @dataclass
