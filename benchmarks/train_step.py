@@ -1,6 +1,6 @@
 #!/usr/bin/env python
 """What the training loop costs: `noisycond.trainer.fit` beside a bare PyTorch loop of the same model, batch and
-optimizer, taking turns in one process; steps per second as a share of the bare loop's.
+optimizer, a step of one after a step of the other; steps per second as a share of the bare loop's.
 
     python benchmarks/train_step.py                                               # dit-mini, batch 64, CPU
     python benchmarks/train_step.py --denoiser dit-xl-2 --device cuda --batch_size 128 --mixed_precision bf16 \
@@ -17,6 +17,8 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from itertools import count
 from pathlib import Path
 
 import torch
@@ -39,7 +41,8 @@ from noisycond.randomness import Purpose
 from noisycond.run_folder import RunFolder
 
 
-WARM_UP = 5  # steps of each turn that are not counted; a compiled model's first turn is not counted at all
+Pair = tuple[float, float]  # seconds of a step of the bare loop, and of the step beside it
+WARM_UP = 5  # pairs of steps that are not counted
 
 
 class Bench:
@@ -70,14 +73,15 @@ class Bench:
             torch.cuda.synchronize()
         return time.perf_counter()
 
-    def bare(self, model: torch.nn.Module, predict, keyed: bool = False) -> list[float]:
-        """Seconds per step of a bare loop; `predict(noisy, timesteps, labels)`. `keyed` draws with Philox instead."""
+    def bare(self, model: torch.nn.Module, predict, keyed: bool = False) -> Iterator[None]:
+        """A bare loop, a step for each `next`; `predict(noisy, timesteps, labels)`. `keyed` draws with Philox."""
         options, objective = self.options, self.objective()
         alphas = objective.alphas_cumprod.float().to(self.device)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.0)
         precision = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(options.mixed_precision)
-        times = [self.clock()]
-        for step in range(options.steps):
+        if options.torch_compile:
+            model.compile()
+        for step in count():
             chosen = torch.randint(len(self.latents), (options.batch_size,), device=self.device)
             latents, labels = self.latents[chosen], self.labels[chosen]
             if keyed:
@@ -95,26 +99,32 @@ class Bench:
             F.mse_loss(prediction[:, : self.channels].float(), noise).backward()
             optimizer.step()
             optimizer.zero_grad()
-            times.append(self.clock())
-        return _durations(times)
+            yield
 
-    def bare_ours(self, keyed: bool = False) -> list[float]:
+    def bare_ours(self, keyed: bool = False) -> Iterator[None]:
         model = self.denoiser()
-        if self.options.torch_compile:
-            model.compile()
         return self.bare(model, lambda noisy, t, labels: model(noisy, t, {"class_labels": labels}), keyed)
 
-    def bare_stock(self) -> list[float]:
-        backbone = self.denoiser().backbone
-        config = {**backbone.model.config, "num_embeds_ada_norm": self.options.num_classes}
+    def bare_stock(self) -> Iterator[None]:
+        config = {**self.denoiser().backbone.model.config, "num_embeds_ada_norm": self.options.num_classes}
         model = DiTTransformer2DModel(**config).to(self.device).train()
-        if self.options.torch_compile:
-            model.compile()
         return self.bare(model, lambda noisy, t, labels: model(noisy, t, labels, return_dict=False)[0])
 
-    def fit(self, gamma: float = 1.0, cached: bool = True) -> list[float]:
-        """Seconds per step of `fit`, from one call of its loss to the next."""
-        options, times = self.options, []
+    def timed(self, step) -> float:
+        start = self.clock()
+        step()
+        return self.clock() - start
+
+    def beside(self, loop: Iterator[None]) -> list[Pair]:
+        """Steps of a bare loop, each after one of the plain bare loop."""
+        bare = self.bare_ours()
+        pairs = [(self.timed(lambda: next(bare)), self.timed(lambda: next(loop))) for _ in range(self.options.steps)]
+        return pairs[WARM_UP:]
+
+    def fit(self, gamma: float = 1.0, cached: bool = True) -> list[Pair]:
+        """Steps of `fit`, from one call of its loss to the next, each after one of the plain bare loop."""
+        options, bare = self.options, self.bare_ours()
+        pairs, since = [], None
         with tempfile.TemporaryDirectory() as folder:
             args = parse_arguments(script.ClassCondArguments, self._flags(folder, gamma, cached), "digits_dit_mini")
             accelerator = hardware.make_accelerator(args)
@@ -128,8 +138,13 @@ class Bench:
             corruption = LabelCorruption(0.025, options.num_classes)
             loss = script.make_compute_loss(args, first_stage, self.objective(), corruption, options.num_classes)
 
-            def timed(model, batch, keys):
-                times.append(self.clock())
+            def compute_loss(model, batch, keys):
+                nonlocal since
+                own = None if since is None else self.clock() - since
+                paired = self.timed(lambda: next(bare))
+                if own is not None:
+                    pairs.append((paired, own))
+                since = self.clock()
                 return loss(model, batch, keys)
 
             run = RunFolder(folder)
@@ -137,7 +152,7 @@ class Bench:
             trainer.fit(
                 denoiser,
                 batches,
-                timed,
+                compute_loss,
                 args,
                 accelerator=accelerator,
                 run=run,
@@ -145,7 +160,7 @@ class Bench:
                 tallies={"corruption": corruption},
             )
             accelerator.end_training()
-        return _durations(times)
+        return pairs[WARM_UP:]
 
     def _flags(self, folder: str, gamma: float, cached: bool) -> list[str]:
         options = self.options
@@ -156,6 +171,7 @@ class Bench:
             "pretrained_vae_model_name_or_path": "digits-kl" if self.channels == 4 else "digits-vq",
             "train_batch_size": options.batch_size,
             "max_train_steps": options.steps + 1,
+            "logging_steps": 1,
             "checkpointing_steps": 0,
             "cep_gamma": gamma,
             "mixed_precision": options.mixed_precision,
@@ -188,10 +204,6 @@ class SyntheticFirstStage:
 
     def latents(self, moments: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
         return moments
-
-
-def _durations(times: list[float]) -> list[float]:
-    return [later - earlier for earlier, later in zip(times, times[1:], strict=False)][WARM_UP:]
 
 
 def floating_point_operations(bench: Bench) -> int:
@@ -229,7 +241,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--mixed_precision", default="no", choices=("no", "bf16", "fp16"))
     parser.add_argument("--torch_compile", action="store_true")
-    parser.add_argument("--steps", type=int, default=45, help="steps per turn, the first 5 of them not counted")
+    parser.add_argument("--steps", type=int, default=45, help="pairs of steps per round, 5 not counted")
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
     options.synthetic = not options.denoiser.endswith("-mini")
@@ -238,46 +250,46 @@ def main() -> None:
 
     bench = Bench(options)
     loops = {
-        "bare loop": bench.bare_ours,
-        "bare loop, keyed draws": lambda: bench.bare_ours(keyed=True),
+        "bare loop": lambda: bench.beside(bench.bare_ours()),
+        "bare loop, keyed draws": lambda: bench.beside(bench.bare_ours(keyed=True)),
         "fit, CEP-U": bench.fit,
         "fit, no CEP": lambda: bench.fit(gamma=0.0),
     }
     if not options.synthetic:
         loops["fit, CEP-U, latents not cached"] = lambda: bench.fit(cached=False)
     if issubclass(bench.source.preset.backbone, DiTBackbone):
-        loops["bare loop, stock diffusers model"] = bench.bare_stock
-    medians = {name: [] for name in loops}
-    for turn in range(options.rounds + options.torch_compile):
+        loops["bare loop, stock diffusers model"] = lambda: bench.beside(bench.bare_stock())
+    pairs: dict[str, list[Pair]] = {name: [] for name in loops}
+    for _ in range(options.rounds):
         for name, loop in loops.items():
-            seconds = statistics.median(loop())
-            if turn or not options.torch_compile:
-                medians[name].append(seconds)
-    report(bench, medians)
+            pairs[name] += loop()
+    report(bench, pairs)
 
 
-def report(bench: Bench, medians: dict[str, list[float]]) -> None:
+def report(bench: Bench, pairs: dict[str, list[Pair]]) -> None:
     options = bench.options
     torch_threads = f", {torch.get_num_threads()} threads" if options.device == "cpu" else ""
     print(
         f"\n{options.denoiser}, batch {options.batch_size}, latents {bench.channels}×{bench.size}×{bench.size}, "
-        f"{options.device}{torch_threads}, {options.mixed_precision}, compile {options.torch_compile}; "
-        f"{options.rounds} rounds of {options.steps - WARM_UP} steps\n"
+        f"{options.device}{torch_threads}, precision {options.mixed_precision}, compiled: {options.torch_compile}; "
+        f"{options.rounds} rounds of {options.steps - WARM_UP} pairs of steps\n"
     )
-    print("| loop | ms per step | images/s | speed relative to the bare loop (range over rounds) |")
+    print("| loop | ms per step | images/s | speed relative to the bare loop (quartiles over pairs) |")
     print("| --- | --- | --- | --- |")
-    for name, times in medians.items():
-        ratios = [bare / own for bare, own in zip(medians["bare loop"], times, strict=True)]
-        middle = statistics.median(times)
+    seconds = {name: statistics.median(own for _, own in found) for name, found in pairs.items()}
+    for name, found in pairs.items():
+        # The speeds of medians, not the median of ratios: a pause of the machine hits one step of a pair.
+        low, _, high = (100 * value for value in statistics.quantiles([bare / own for bare, own in found], n=4))
+        relative = 100 * statistics.median(bare for bare, _ in found) / seconds[name]
         print(
-            f"| {name} | {1e3 * middle:.1f} | {options.batch_size / middle:.1f} | "
-            f"{100 * statistics.median(ratios):.1f} % ({100 * min(ratios):.1f} to {100 * max(ratios):.1f}) |"
+            f"| {name} | {1e3 * seconds[name]:.1f} | {options.batch_size / seconds[name]:.1f} | "
+            f"{relative:.1f} % ({low:.1f} to {high:.1f}) |"
         )
     if options.device == "cuda":
         rate, needed = matrix_rate(bench), floating_point_operations(bench)
         print(f"\nbf16 matrix rate: {rate / 1e12:.0f} TFLOP/s; a step takes {needed / 1e12:.2f} TFLOP.")
-        for name, times in medians.items():
-            print(f"{name}: {100 * needed / statistics.median(times) / rate:.1f} % of the matrix rate")
+        for name in pairs:
+            print(f"{name}: {100 * needed / seconds[name] / rate:.1f} % of the matrix rate")
 
 
 if __name__ == "__main__":

@@ -104,17 +104,19 @@ def random_bits(
     Returns:
         int64 [B, N], values in [0, 2^32).
     """
-    keys = keys.to(torch.int64)[:, None]
-    if not torch.is_tensor(epoch):
-        epoch = torch.full((), epoch, dtype=torch.int64, device=keys.device)
-    epoch = epoch.to(keys.device, torch.int64).reshape(-1, 1)
-    blocks = torch.arange((size + 3) // 4, device=keys.device)[None, :]
-    counter = (blocks + torch.zeros_like(keys), epoch & _MASK, keys & _MASK, (keys >> 32) & _MASK)
+    keys, blocks = keys.to(torch.int64)[:, None], (size + 3) // 4
     key = _stream_key(seed, _purpose_name(purpose))
     if keys.device.type == "cpu" and not torch.compiler.is_compiling():
         # The same arithmetic in NumPy, which starts a small operation several times faster.
-        words = philox_4x32([part.numpy() for part in counter], key)
-        return torch.from_numpy(np.stack(words, axis=-1).reshape(len(keys), 4 * blocks.shape[1])[:, :size])
+        keys, epoch = keys.numpy(), np.asarray(epoch, dtype=np.int64).reshape(-1, 1)
+        counter = (np.arange(blocks)[None] + np.zeros_like(keys), epoch & _MASK, keys & _MASK, (keys >> 32) & _MASK)
+        words = philox_4x32(counter, key)
+        return torch.from_numpy(np.stack(words, axis=-1).reshape(len(keys), 4 * blocks)[:, :size])
+    if not torch.is_tensor(epoch):
+        epoch = torch.full((), epoch, dtype=torch.int64, device=keys.device)
+    epoch = epoch.to(keys.device, torch.int64).reshape(-1, 1)
+    counts = torch.arange(blocks, device=keys.device)[None, :]
+    counter = (counts + torch.zeros_like(keys), epoch & _MASK, keys & _MASK, (keys >> 32) & _MASK)
     return torch.stack(philox_4x32(counter, key), dim=-1).flatten(1)[:, :size]
 
 

@@ -8,6 +8,7 @@ dataset size.
 
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
@@ -16,8 +17,10 @@ from noisycond.randomness import Purpose
 from noisycond.signals import ignore_in_worker
 
 
-def collate(examples: list[dict]) -> dict:
-    """Examples to a batch: numbers become int64 [B], tensors are stacked, lists are joined."""
+def collate(examples: list[dict] | dict) -> dict:
+    """Examples to a batch: numbers become int64 [B], tensors are stacked, lists are joined. A batch stays one."""
+    if isinstance(examples, dict):
+        return examples
     batch = {}
     for name, value in examples[0].items():
         values = [example[name] for example in examples]
@@ -43,19 +46,21 @@ class _StepSampler(Sampler):
         while True:
             for accumulation in range(owner.accumulation_steps):
                 first = (accumulation * owner.num_processes + owner.process_index) * owner.batch_size
-                yield [
-                    (*self._example(step * owner.global_batch_size + position), position)
-                    for position in range(first, first + owner.batch_size)
-                ]
+                positions = np.arange(first, first + owner.batch_size)
+                yield self._examples(step * owner.global_batch_size + positions, positions)
             step += 1
 
-    def _example(self, place: int) -> tuple[int, int]:
-        epoch, offset = divmod(place, len(self.owner.dataset))
-        if epoch != self.order_epoch:
-            size = len(self.owner.dataset)
-            self.order_epoch = epoch
-            self.order = randomness.permutation(self.owner.seed, Purpose.DATA_ORDER, size, epoch)
-        return int(self.order[offset]), epoch
+    def _examples(self, places: np.ndarray, positions: np.ndarray) -> list[tuple[int, int, int]]:
+        size = len(self.owner.dataset)
+        epochs, offsets = np.divmod(places, size)
+        index = np.empty_like(places)
+        for epoch in range(epochs[0], epochs[-1] + 1):
+            if epoch != self.order_epoch:
+                order = randomness.permutation(self.owner.seed, Purpose.DATA_ORDER, size, epoch)
+                self.order_epoch, self.order = epoch, order.numpy()
+            here = epochs == epoch
+            index[here] = self.order[offsets[here]]
+        return list(zip(index.tolist(), epochs.tolist(), positions.tolist(), strict=True))
 
 
 class Batches:

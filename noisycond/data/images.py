@@ -39,9 +39,13 @@ class Transform:
         return pixels.flip(-1) if self.is_flipped(index, epoch) else pixels
 
     def is_flipped(self, index: int, epoch: int) -> bool:
-        return self.random_flip and bool(
-            randomness.bernoulli(self.seed, Purpose.FLIP, torch.tensor([index]), 0.5, epoch)
-        )
+        return self.random_flip and bool(self.flipped(torch.tensor([index]), epoch))
+
+    def flipped(self, index: torch.Tensor, epoch: torch.Tensor | int) -> torch.BoolTensor:
+        """Which examples, int64 [B], are mirrored in this epoch."""
+        if not self.random_flip:
+            return torch.zeros(len(index), dtype=torch.bool)
+        return randomness.bernoulli(self.seed, Purpose.FLIP, index, 0.5, epoch)
 
     def pixels(self, image: Image.Image, index: int, epoch: int) -> torch.Tensor:
         """The image without the mirror: float32 [3, R, R] in [-1, 1]."""

@@ -47,17 +47,22 @@ class CachedLatents(Dataset):
         return len(self.images)
 
     def __getitem__(self, item: tuple[int, int, int]) -> dict:
-        index, epoch, position = item
-        if not self.readable[index]:
+        return {name: value[0] for name, value in self.__getitems__([item]).items()}
+
+    def __getitems__(self, items: list[tuple[int, int, int]]) -> dict:
+        """A whole batch at once, as torch's data loader asks for it; one example at a time costs twice as much."""
+        index, epoch, position = torch.tensor(items).unbind(1)
+        if not self.readable[index].all():
             following = np.flatnonzero(self.readable)
-            index = int(following[np.searchsorted(following, index) % len(following)])
-        view = int(self.images.transform.is_flipped(index, epoch))
+            stand_in = following[np.searchsorted(following, index) % len(following)]
+            index = torch.where(torch.from_numpy(self.readable)[index], index, torch.from_numpy(stand_in))
+        view = self.images.transform.flipped(index, epoch).long()
         return {
             "index": index,
             "epoch": epoch,
             "position": position,
-            "moments": torch.from_numpy(self.memory[index, view].copy()),
-            "class_labels": int(self.images.source.labels[index]),
+            "moments": torch.from_numpy(self.memory[index.numpy(), view.numpy()]),
+            "class_labels": torch.from_numpy(self.images.source.labels)[index],
         }
 
 
