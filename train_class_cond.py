@@ -130,7 +130,7 @@ def build(args: ClassCondArguments, source, class_names: list[str], latent_chann
 
 
 def rehearse(args: ClassCondArguments) -> None:
-    """Prints what the run would take, without data, GPU or network."""
+    """Prints what the run would take, without data or GPU; see [`noisycond.dry_run`]."""
     source = find_denoiser(args.denoiser)
     build_objective(args, source.preset)
     data = dry_run.open_what_is_here(args)

@@ -5,6 +5,8 @@ from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData
 
+from noisycond.data.shard_names import redacted
+
 
 # Stands in a card's example where nobody knows yet where the folder will be.
 UNKNOWN_PLACE = "PATH_OR_ID_OF_THIS_FOLDER"
@@ -89,7 +91,7 @@ def class_conditional_card(pipeline, args, class_names: Sequence[str], result, r
         pipeline: what was exported. args: the resolved arguments. result: how training ended, with the counts of the
             corruption. repo_id: see [`model_card`].
     """
-    dataset = public_name(args.dataset_name or args.train_data_dir or args.train_shards)
+    dataset = public_name(args.dataset_name or args.train_data_dir or redacted(args.train_shards))
     corruption, perturbation = "none", "off"
     if args.corruption_ratio:
         corruption = f"ratio {args.corruption_ratio}, {args.corruption_type}, {args.corruption_mode}"

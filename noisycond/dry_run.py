@@ -1,4 +1,5 @@
-"""What a run would take, told without data, GPU or network: `--dry_run` prints it and leaves, and writes nothing.
+"""What a run would take, told without data or GPU: `--dry_run` prints it and leaves, and writes nothing. Only the
+configuration of a `--denoiser` that is a Hub id, and not yet in the Hub's cache, comes through the network.
 
 The model is built on the meta device, so that no weight is allocated. Sizes are in bytes; a GB is 1e9 of them.
 """
@@ -67,7 +68,7 @@ def _half_precision(args: LoopArguments) -> bool:
 def open_what_is_here(args: DataArguments) -> TrainingData | None:
     """The training data where opening it downloads and writes nothing: digits, or a folder of images."""
     if (args.dataset_name == "digits" or args.train_data_dir is not None) and not getattr(args, "streaming", False):
-        return open_training_data(args)
+        return open_training_data(args, keep_index=False)
     return None
 
 

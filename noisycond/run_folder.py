@@ -6,7 +6,6 @@ checkpoint-<step>/  see checkpoints.py
 samples/, loss.png  pictures
 """
 
-import dataclasses
 import json
 import logging
 import platform
@@ -17,6 +16,7 @@ from pathlib import Path
 from accelerate import Accelerator
 
 from noisycond import checkpoints
+from noisycond.data.shard_names import public_settings
 from noisycond.errors import InputError, require, writing
 from noisycond.processes import on_main
 
@@ -150,7 +150,7 @@ class RunFolder:
         """
         settings = {
             "script": script,
-            "arguments": dataclasses.asdict(args),
+            "arguments": public_settings(args),
             "facts": json.loads(json.dumps(facts)),  # as an earlier run's are read back
             "versions": {name: _version(name) for name in PACKAGES} | {"python": platform.python_version()},
         }

@@ -6,7 +6,7 @@ It knows neither prediction type nor architecture; a script hands it a module, b
 import logging
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from accelerate import Accelerator
@@ -16,6 +16,7 @@ from tqdm import tqdm
 from noisycond.arguments import LoopArguments
 from noisycond.data.batches import Batches
 from noisycond.data.images import BadImages, LabelledImages
+from noisycond.data.shard_names import public_settings
 from noisycond.errors import require
 from noisycond.processes import on_main
 from noisycond.run_folder import RunFolder
@@ -163,7 +164,9 @@ def announce(
 ):
     """Starts the trackers and logs once what matters: dataset, parameters, effective batch, steps."""
     if args.report_to != "none":
-        simple = {name: value for name, value in asdict(args).items() if isinstance(value, (bool, int, float, str))}
+        simple = {
+            name: value for name, value in public_settings(args).items() if isinstance(value, (bool, int, float, str))
+        }
         accelerator.init_trackers("noisycond", config=simple)
     steps = steps_to_train(args, batches.num_examples, batches.global_batch_size)
     parameters = sum(parameter.numel() for parameter in denoiser.parameters() if parameter.requires_grad)

@@ -3,6 +3,7 @@ it. Everything here is saved in a checkpoint and taken up again.
 """
 
 import copy
+import itertools
 import json
 import logging
 import math
@@ -24,6 +25,7 @@ from noisycond import checkpoints
 from noisycond.arguments import LoopArguments
 from noisycond.data.images import BadImages
 from noisycond.errors import InputError
+from noisycond.processes import on_all
 from noisycond.randomness import step_keys
 from noisycond.sharding import shard_of, shards, value, whole
 from noisycond.signals import StopSignals
@@ -107,6 +109,7 @@ class TrainingState:
         # Sharding replaces the parameters, so they are taken here and not before.
         self.parameters = [parameter for parameter in trained.parameters() if parameter.requires_grad]
         self.ema = Average(shards(self.parameters), decay=args.ema_decay, foreach=True) if args.use_ema else None
+        self.batch: dict | None = None  # the last one, which takes the place of one that cannot be had
         self._hooks = []
         if not self.sharded:
             self._hooks = [
@@ -121,23 +124,36 @@ class TrainingState:
 
         Returns:
             The values to log, or None where the step was skipped because loss or gradient was not finite.
+
+        Raises:
+            InputError: on every process, where the batches raised one on any.
         """
         accelerator, progress = self.accelerator, self.progress
-        # Loss, wish to stop and unreadable images travel together: one reduction per step.
-        report, new_bad = torch.zeros(3, dtype=torch.float64, device=accelerator.device), []
+        if self.batch is None:
+            first: list[dict] = []
+            on_all(accelerator, lambda: first.append(next(batches)))
+            batches = itertools.chain(first, batches)
+        # Loss, wish to stop, unreadable images and an error travel together: one reduction per step.
+        report, new_bad, problem = torch.zeros(4, dtype=torch.float64, device=accelerator.device), [], None
         for _ in range(self.args.gradient_accumulation_steps):
-            batch = _to_device(next(batches), accelerator.device)
+            try:
+                self.batch = self.batch if problem else next(batches)
+            except InputError as error:  # the step goes on, for the other processes wait within it for this one
+                problem = str(error)
+            batch = _to_device(self.batch, accelerator.device)
             keys = step_keys(progress.attempted_step, batch["position"])
             with accelerator.accumulate(self.prepared):
                 loss = compute_loss(self.prepared, batch, keys).mean()
                 accelerator.backward(loss)
             report[0] += loss.detach().double() / self.args.gradient_accumulation_steps
             new_bad += batch.get("bad_images", [])
-        report[1], report[2] = float(stop.received is not None), float(len(new_bad))
+        report[1:] = torch.tensor([stop.received is not None, len(new_bad), problem is not None])
         report = accelerator.reduce(report, reduction="sum").tolist()
         loss = report[0] / accelerator.num_processes
         if report[1]:
             self.stopped_by = stop.received or "a signal to another process"
+        if report[3]:
+            raise InputError(next(sentence for sentence in gather_object([problem]) if sentence is not None))
         if report[2]:
             bad.add(gather_object(new_bad), quiet=not accelerator.is_main_process)
 

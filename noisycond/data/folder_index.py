@@ -11,7 +11,7 @@ import time
 import uuid
 import zipfile
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -55,7 +55,7 @@ class FolderIndex:
     Attributes:
         class_names: K names, sorted.
         names: N paths, relative to the folder. labels [N]: int64 in [0, K).
-        sizes [N]: int64, bytes. times [N]: int64, modification times in ns.
+        sizes [N]: int64, bytes. times [N]: int64, modification times in ns. Both -1 of what cannot be looked at.
         folders: modification times in ns of the folder and all below it, by their relative path.
         fingerprint: a hash of names and sizes. version: a hash of the times.
     """
@@ -69,7 +69,8 @@ class FolderIndex:
 
     @classmethod
     def walk(cls, root: str) -> "FolderIndex":
-        """Looks at every file. Raises FileNotFoundError where there is no class, or one without images."""
+        """Looks at every file. Raises FileNotFoundError where there is no class, or one without images; OSError where
+        a folder cannot be listed."""
         folders = {".": os.stat(root).st_mtime_ns}
         class_names = sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
         if not class_names:
@@ -80,20 +81,20 @@ class FolderIndex:
         by_content, by_time = hashlib.sha256(), hashlib.sha256()
         for class_name in tqdm(class_names, desc="listing images", unit="class", delay=2):
             before = len(ends)
-            for folder, _, files in sorted(os.walk(os.path.join(root, class_name), followlinks=True)):
+            for folder, _, files in sorted(_walk(os.path.join(root, class_name))):
                 below = os.path.relpath(folder, root)
                 folders[below] = os.stat(folder).st_mtime_ns
                 for file in sorted(files):
                     if not file.lower().endswith(IMG_EXTENSIONS):
                         continue
-                    status = os.stat(os.path.join(folder, file))
+                    size, modified = _size_and_time(os.path.join(folder, file))
                     name = os.fsencode(f"{below}{os.sep}{file}")
                     content += name
                     ends.append(len(content))
-                    sizes.append(status.st_size)
-                    times.append(status.st_mtime_ns)
-                    by_content.update(name + f"\0{status.st_size}\n".encode())
-                    by_time.update(f"{status.st_mtime_ns}\n".encode())
+                    sizes.append(size)
+                    times.append(modified)
+                    by_content.update(name + f"\0{size}\n".encode())
+                    by_time.update(f"{modified}\n".encode())
             counts.append(len(ends) - before)
             if counts[-1] == 0:
                 raise FileNotFoundError(
@@ -140,16 +141,37 @@ class FolderIndex:
             if any(os.stat(os.path.join(root, name)).st_mtime_ns != time for name, time in self.folders.items()):
                 return False
             for index in np.unique(np.linspace(0, len(self.names) - 1, min(looked_at, len(self.names))).astype(int)):
-                status = os.stat(os.path.join(root, self.names[index]))
-                if (status.st_size, status.st_mtime_ns) != (self.sizes[index], self.times[index]):
+                found = _size_and_time(os.path.join(root, self.names[index]))
+                if found != (self.sizes[index], self.times[index]):
                     return False
         except OSError:
             return False
         return True
 
 
+def _walk(folder: str) -> Iterator[tuple[str, list[str], list[str]]]:
+    def refuse(error: OSError) -> None:  # os.walk passes over a folder that it may not list
+        raise error
+
+    return os.walk(folder, onerror=refuse, followlinks=True)
+
+
+def _size_and_time(path: str) -> tuple[int, int]:
+    """Bytes and modification time in ns; -1 and -1 of what cannot be looked at, as a dangling link: it is listed, and
+    found to be a bad image when it is read."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return -1, -1
+    return status.st_size, status.st_mtime_ns
+
+
 def open_folder(
-    root: str, cache: Path | None = None, kept_from: int = KEPT_FROM, looked_at: int = LOOKED_AT
+    root: str,
+    cache: Path | None = None,
+    kept_from: int = KEPT_FROM,
+    looked_at: int = LOOKED_AT,
+    keep: bool = True,
 ) -> FolderIndex:
     """The images of a folder, from the cache where it has not changed since it was walked.
 
@@ -159,18 +181,20 @@ def open_folder(
     Args:
         root: the folder. cache: where indexes are kept; the default is `user_cache("folders")`.
         kept_from: the least number of images for which an index is kept. looked_at: files in the sample.
+        keep: whether anything may be written.
 
     Raises:
-        FileNotFoundError: see [`FolderIndex.walk`].
+        OSError: see [`FolderIndex.walk`].
     """
     root = os.path.abspath(root)
     cache = cache or user_cache("folders")
     path = cache / f"{hashlib.sha256(os.fsencode(root)).hexdigest()[:20]}.npz"
     with ExitStack() as stack:
         try:
-            cache.mkdir(parents=True, exist_ok=True)
-            # The first of several processes walks, the others read what it wrote.
-            stack.enter_context(FileLock(path.with_suffix(".lock")))
+            if keep:
+                cache.mkdir(parents=True, exist_ok=True)
+                # The first of several processes walks, the others read what it wrote.
+                stack.enter_context(FileLock(path.with_suffix(".lock")))
         except (OSError, NotImplementedError) as error:
             logger.debug("No lock in %s: %s", cache, error)
         index = _load(path, root)
@@ -179,7 +203,7 @@ def open_folder(
         began = time.time()
         index = FolderIndex.walk(root)
         settled = max(index.folders.values()) < (began - SETTLED) * 1e9
-        if len(index.names) >= kept_from and settled:
+        if keep and len(index.names) >= kept_from and settled:
             try:
                 index.save(path, root)
             except OSError as error:

@@ -33,8 +33,8 @@ class TrainingData:
         return self.images.source
 
 
-def open_training_data(args: DataArguments) -> TrainingData:
-    """Opens the dataset that the flags name.
+def open_training_data(args: DataArguments, keep_index: bool = True) -> TrainingData:
+    """Opens the dataset that the flags name; `keep_index` as for [`noisycond.data.sources.ImageFolder`].
 
     Raises:
         InputError: see [`noisycond.data.sources.open_source`] and [`noisycond.data.streams.open_stream`].
@@ -47,7 +47,7 @@ def open_training_data(args: DataArguments) -> TrainingData:
         check_number_of_classes(args, stream.class_names)
         facts = {"dataset": stream.fingerprint, "shards": len(stream.shards), "class_names": stream.class_names}
         return TrainingData(StreamedImages(stream, transform), BadImages(args.max_bad_images), facts)
-    source = open_source(args)
+    source = open_source(args, keep_index=keep_index)
     facts = {"dataset": source.fingerprint, "examples": len(source), "class_names": source.class_names}
     return TrainingData(LabelledImages(source, transform), BadImages(args.max_bad_images), facts)
 
@@ -73,5 +73,5 @@ def open_batches(
         args.dataloader_num_workers,
     )
     if isinstance(dataset, StreamedImages):
-        return StreamBatches(dataset, *shape, args.shuffle_buffer_size)
+        return StreamBatches(dataset, *shape, args.shuffle_buffer_size, args.max_bad_images)
     return Batches(dataset, *shape)

@@ -13,7 +13,7 @@ from PIL import Image
 
 from noisycond import randomness
 from noisycond.data.folder_index import open_folder
-from noisycond.errors import InputError, closest, require
+from noisycond.errors import InputError, closest, in_one_line, require
 from noisycond.randomness import Purpose
 
 
@@ -78,15 +78,22 @@ class Digits(ImageSource):
 
 
 class ImageFolder(ImageSource):
-    """Images in one sub-folder per class, as `torchvision.datasets.ImageFolder` reads them."""
+    """Images in one sub-folder per class, as `torchvision.datasets.ImageFolder` reads them; `keep_index` says whether
+    the list of a large one is kept in the user's cache.
 
-    def __init__(self, root: str):
+    Raises:
+        InputError: there is no class, a class has no image, or a folder cannot be listed.
+    """
+
+    def __init__(self, root: str, keep_index: bool = True):
         try:
-            folder = open_folder(root)
+            folder = open_folder(root, keep=keep_index)
         except FileNotFoundError as error:
             raise InputError(
                 f"--train_data_dir {root}: {error} Expected one sub-folder of images per class."
             ) from None
+        except OSError as error:
+            raise InputError(f"--train_data_dir {root}: cannot be listed ({in_one_line(error)}).") from error
         self.root, self.names = Path(root), folder.names
         self.labels, self.class_names = folder.labels, folder.class_names
         self.fingerprint, self.version = folder.fingerprint, folder.version
@@ -240,14 +247,15 @@ def check_number_of_classes(args, class_names: list[str]) -> None:
     )
 
 
-def open_source(args, split: str | None = None) -> ImageSource:
+def open_source(args, split: str | None = None, keep_index: bool = True) -> ImageSource:
     """The images that [`DataArguments`] name, with the class subset and sample limit applied.
 
     Args:
         args: a [`noisycond.arguments.DataArguments`]; split: another split than `args.dataset_split`.
+        keep_index: see [`ImageFolder`].
     """
     if args.train_data_dir is not None:
-        source: ImageSource = ImageFolder(args.train_data_dir)
+        source: ImageSource = ImageFolder(args.train_data_dir, keep_index)
     elif args.dataset_name == "digits":
         source = Digits(split or args.dataset_split)
     else:

@@ -11,7 +11,7 @@ import logging
 import threading
 from collections.abc import Iterator
 from concurrent.futures import Future, wait
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from noisycond import randomness
 from noisycond.data.batches import collate
-from noisycond.data.images import UNREADABLE, Transform
+from noisycond.data.images import UNREADABLE, BadImages, Transform
 from noisycond.data.streams import Broken, RawExample, StreamSource, stable_key
 from noisycond.errors import InputError, in_one_line
 from noisycond.randomness import Purpose
@@ -56,6 +56,16 @@ class Block:
     examples: list[RawExample] = field(default_factory=list)
     keys: list[int] = field(default_factory=list)
     broken: list[str] = field(default_factory=list)
+    ids: set[str] = field(default_factory=set)
+
+    def add(self, raw: RawExample, key: int, own_id: bool) -> None:
+        """Appends an example; `own_id`: it is of no use where one before it has the same id."""
+        if own_id and raw.id is not None:
+            if raw.id in self.ids:
+                raw = replace(raw, problem=raw.problem or f"its id {raw.id} is that of another example too")
+            self.ids.add(raw.id)
+        self.examples.append(raw)
+        self.keys.append(key)
 
     def shuffle(self, seed: int) -> "Block":
         keys = torch.tensor(self.keys, dtype=torch.int64)
@@ -94,7 +104,7 @@ class Lane:
         """Blocks from the one that starts here on, without end.
 
         Raises:
-            InputError: a whole epoch holds no example.
+            InputError: an epoch's share holds no example, and no other shard does, so that none will.
         """
         while True:
             any_example = start.shard > 0 or start.example > 0
@@ -105,12 +115,23 @@ class Lane:
                     self._warn_of_one_class(block)
                 broken += block.broken
                 yield block
-            if not any_example:
+            # Where a process has few shards, all of a share may be broken: the next one is another.
+            if not any_example and not self._another_holds_an_example(start.epoch):
                 raise InputError(
                     f"process {self.number} finds no example in the stream's {len(self.source.shards)} shards"
                     + (f": cannot read {broken[0]}." if broken else ".")
                 )
             start = Cursor(start.epoch + 1)
+
+    def _another_holds_an_example(self, epoch: int) -> bool:
+        """Whether a shard beside this epoch's does that this process may yet read."""
+        others = sorted(set(range(len(self.source.shards))) - set(self.shards_of(epoch)))
+        return any(isinstance(item, RawExample) for shard in others for item in self.source.peek(shard, 1))
+
+    def will_meet_more(self, first: int, last: int) -> bool:
+        """Whether there are shards that this process does not read in these epochs."""
+        met = {shard for epoch in range(first, last) for shard in self.shards_of(epoch)}
+        return len(met) < len(self.source.shards)
 
     def _warn_of_one_class(self, block: Block) -> None:
         labels = {str(raw.label) for raw in block.examples}
@@ -133,8 +154,7 @@ class Lane:
                 if isinstance(found, Broken):
                     block.broken.append(found.name)
                 elif number >= first and number % stride == remainder:
-                    block.examples.append(found)
-                    block.keys.append((shards[place] << 32) | number)
+                    block.add(found, (shards[place] << 32) | number, self.source.ids_needed)
                 if len(block.examples) == self.block_size:
                     yield block.shuffle(self.seed)
                     block = Block(Cursor(start.epoch, place, number + 1))
@@ -191,7 +211,7 @@ class StreamedImages(Dataset):
             image, label = self.source.decode(raw)
         except UNREADABLE as error:
             return {"bad": f"{raw.name} ({in_one_line(error)})", "epoch": cursor.epoch}
-        index = stable_key(raw.name if raw.id is None else raw.id)
+        index = stable_key(raw.id if self.source.has_ids and raw.id is not None else raw.name)
         return {
             "index": index,
             "epoch": cursor.epoch,
@@ -214,15 +234,16 @@ class _Chunks:
         self.lane, self.start, self.size = lane, start, size
 
     def __iter__(self) -> Iterator[list]:
-        chunk, count, skipped = [], 0, self.start.offset
+        chunk, skipped = [], self.start.offset
         for block in one_ahead(self.lane.blocks(self.start._replace(offset=0))):
-            chunk += [(Broken(name), block.start) for name in block.broken]
+            found = [(Broken(name), block.start) for name in block.broken]
             for offset in range(skipped, len(block.examples)):
-                chunk.append((block.examples[offset], block.start._replace(offset=offset + 1)))
-                count += 1
-                if count == self.size:
+                found.append((block.examples[offset], block.start._replace(offset=offset + 1)))
+            for item in found:
+                chunk.append(item)
+                if len(chunk) == self.size:
                     yield chunk
-                    chunk, count = [], 0
+                    chunk = []
             skipped = 0
 
 
@@ -233,7 +254,7 @@ class StreamBatches:
     Args:
         dataset: the stream. batch_size: B. accumulation_steps, num_processes, process_index: how the global batch is
             divided. seed: seed of the order. num_workers: processes that decode. shuffle_buffer_size: examples that
-            are shuffled together.
+            are shuffled together. max_bad_images: how much may be unreadable; None for any number.
     """
 
     num_examples = None
@@ -248,11 +269,12 @@ class StreamBatches:
         seed: int = 0,
         num_workers: int = 0,
         shuffle_buffer_size: int = 1000,
+        max_bad_images: int | None = None,
     ):
         self.dataset, self.batch_size, self.accumulation_steps = dataset, batch_size, accumulation_steps
         self.num_processes, self.process_index, self.num_workers = num_processes, process_index, num_workers
         self.lane = Lane(dataset.source, seed, shuffle_buffer_size, process_index, num_processes)
-        self.cursor = Cursor()
+        self.cursor, self.max_bad_images = Cursor(), max_bad_images
         if self.lane.splits_shards:
             logger.warning(
                 "There are fewer shards (%d) than processes (%d): each process reads all of them and keeps its part.",
@@ -300,7 +322,7 @@ class StreamBatches:
         """Endless batches from the cursor on, `accumulation_steps` of them per step.
 
         Raises:
-            InputError: nothing of a whole epoch can be read.
+            InputError: nothing of all shards can be read, or too much cannot before a batch is full.
         """
         loader = DataLoader(
             self.dataset,
@@ -315,7 +337,9 @@ class StreamBatches:
         for chunk in loader:
             bad += chunk["bad"]
             fruitful = fruitful if chunk["good"] is None else chunk["epoch"]
-            if chunk["epoch"] > fruitful + 1:
+            if self.max_bad_images is not None:  # else those of a batch that never comes would not be counted
+                BadImages(self.max_bad_images).add(bad, quiet=True)
+            if chunk["epoch"] > fruitful + 1 and not self.lane.will_meet_more(fruitful + 1, chunk["epoch"]):
                 raise InputError(f"no example of the stream can be read in process {self.process_index}: {bad[0]}.")
             held = _joined(held, chunk["good"])
             while held is not None and len(held["index"]) >= self.batch_size:

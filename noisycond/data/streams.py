@@ -13,8 +13,9 @@ import json
 import lzma
 import os
 import re
+from collections import Counter
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -24,11 +25,14 @@ import fsspec
 from PIL import Image
 
 from noisycond.arguments import StreamArguments
+from noisycond.data.shard_names import redacted, shard_name
 from noisycond.data.sources import read_class_names
 from noisycond.errors import InputError, closest, in_one_line, require
 
 
-PEEKED = 64  # examples that are looked at when a stream is opened
+PEEKED = 64  # examples of a shard that are looked at when a stream is opened
+SHARDS_PEEKED = 8  # shards whose ids are compared then
+COMPARED = 8  # examples whose content tells one WebDataset from another of the same file names
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff", "ppm", "pgm", "gif")
 COMPRESSED = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ": lzma.open}  # by how a file begins
 BLOCK = 512  # bytes, the unit of a tar
@@ -66,7 +70,8 @@ class StreamSource:
         shards: S names, independent of where the shards lie; their order is fixed.
         class_names: K names, in the order of the labels.
         fingerprint: a string that tells one dataset from another, wherever it lies; a resumed run must share it.
-        has_ids: whether its examples carry stable ids. ids_needed: without one an example is of no use.
+        has_ids: whether its examples carry stable ids, each its own as far as was looked. ids_needed: without one an
+            example is of no use.
     """
 
     shards: list[str]
@@ -79,6 +84,11 @@ class StreamSource:
         """The examples of a shard, always in the same order. Raises nothing: where the shard cannot be read (further),
         the last item says so."""
         raise NotImplementedError
+
+    def peek(self, shard: int, count: int) -> list[RawExample | Broken]:
+        """The first items of a shard."""
+        with closing(self.read(shard)) as items:
+            return list(islice(items, count))
 
     def decode(self, raw: RawExample) -> tuple[Image.Image, int]:
         """The image, RGB, and its label in [0, K). Raises OSError, ValueError or SyntaxError (as Pillow does) where
@@ -139,20 +149,45 @@ class WebDatasetShards(StreamSource):
         label_column: an extension, or a field of `json`; `label` also stands for `cls`.
 
     Raises:
-        InputError: the pattern names no file, one that is not there, or one of them twice.
+        InputError: the pattern names no file, one that is not there, a command that names no tar file, or two shards
+            of one file name.
     """
 
     has_ids = True
 
     def __init__(self, pattern: str, class_names: list[str], image_column: str = "image", label_column: str = "label"):
         self.urls = _expand(pattern)
-        self.shards = _short_names(self.urls)
+        shown = redacted(pattern)
+        require(self.urls, f"--train_shards {shown}: it names no shard.")
+        self.shards = [shard_name(url) for url in self.urls]
         require(
-            len(set(self.shards)) == len(self.shards), f"--train_shards {pattern}: a shard is named more than once."
+            all(self.shards),
+            f"--train_shards {shown}: keys rest on the names of tar files, and a shard of it has none; end a "
+            "command that names none with `# NAME.tar`.",
+        )
+        # The file name alone: with folders before it, ids would change with what other shards are read beside them.
+        name, times = Counter(self.shards).most_common(1)[0]
+        require(
+            times == 1,
+            f"--train_shards {shown}: {name} is named more than once, and keys rest on the shards' file names; give "
+            "each its own.",
         )
         self.class_names = class_names
         self.image_column, self.label_column = image_column, label_column
-        self.fingerprint = hashlib.sha256("\n".join(self.shards).encode()).hexdigest()
+        self.fingerprint = self._fingerprint()
+
+    def _fingerprint(self) -> str:
+        """A hash of the shards' names, their sizes where they are files, and the first examples of one."""
+        content = hashlib.sha256()
+        for name, url in zip(self.shards, self.urls, strict=True):
+            size = os.path.getsize(url) if os.path.isfile(url) else ""
+            content.update(f"{name}\0{size}\n".encode())
+        for shard in range(min(SHARDS_PEEKED, len(self.shards))):
+            first = [item for item in self.peek(shard, COMPARED) if isinstance(item, RawExample)]
+            if first:
+                content.update(_content(first))
+                break
+        return content.hexdigest()
 
     def read(self, shard: int) -> Iterator[RawExample | Broken]:
         # Two seconds of imports, for those who need them.
@@ -268,17 +303,19 @@ def _expand(pattern: str) -> list[str]:
             continue
         path = os.path.expanduser(url.removeprefix("file://").removeprefix("file:"))
         found = [path] if Path(path).is_file() else sorted(glob.glob(path, recursive=True))
-        require(found, f"--train_shards {pattern}: there is no file {path}.")
+        shown = "…" if "pipe:" in pattern else path  # `::` within a command divides it
+        require(found, f"--train_shards {redacted(pattern)}: there is no file {shown}.")
         urls += found
     return urls
 
 
-def _short_names(urls: list[str]) -> list[str]:
-    """The file names, with as many folders before them as it takes to tell them apart."""
-    parts = [re.sub(r"^(https?://[^?#]+)[?#].*$", r"\1", url).split("/") for url in urls]
-    folders = [part[:-1] for part in parts]
-    common = len(os.path.commonprefix(folders))
-    return ["/".join(part[common:]) for part in parts]
+def _content(examples: list[RawExample]) -> bytes:
+    """What tells these examples from others: ids, labels, and images where they are at hand."""
+    lines = []
+    for raw in examples:
+        image = raw.image if isinstance(raw.image, bytes) else b""
+        lines.append(f"{raw.id}\0{raw.label}\0{hashlib.sha256(image).hexdigest()}\n")
+    return "".join(lines).encode()
 
 
 class HubStream(StreamSource):
@@ -325,24 +362,31 @@ class HubStream(StreamSource):
         # Decoded here and not by `datasets`, so that a broken image does not end the stream.
         dataset = dataset.cast_column(self.image_column, datasets.Image(decode=False))
         self.dataset = dataset.select_columns(sorted(columns))
-        self.shards = [f"{name} shard {number}" for number in range(self.dataset.num_shards)]
+        # Without the name, which may be a path: where there are no ids, keys rest on these.
+        self.shards = [f"shard {number}" for number in range(self.dataset.num_shards)]
         self._look_at_the_first()
 
     def _look_at_the_first(self) -> None:
-        """Learns from the first examples whether there are stable ids, and tells the dataset by them."""
+        """Learns from the first examples of several shards whether there are stable ids, and tells the dataset by
+        those of one."""
+        first, ids, broken = [], [], []
         for shard in range(len(self.shards)):
-            found = list(islice(self.read(shard), PEEKED))
-            first = [item for item in found if isinstance(item, RawExample)]
-            if first:
+            found = self.peek(shard, PEEKED)
+            examples = [item for item in found if isinstance(item, RawExample)]
+            broken += [item.name for item in found if isinstance(item, Broken)]
+            first = first or examples
+            ids += [raw.id for raw in examples]
+            if first and shard + 1 >= SHARDS_PEEKED:
                 break
-        else:
-            raise InputError(f"--dataset_name {self.title}: no example can be read, for example {found[-1].name}.")
-        ids = [raw.id for raw in first]
+        require(
+            first,
+            f"--dataset_name {self.title}: no example can be read"
+            + (f", for example {broken[-1]}." if broken else f" in its {len(self.shards)} shards."),
+        )
+        # What holds its images often names them by files whose names begin anew in every class or shard.
         self.has_ids = None not in ids and len(set(ids)) == len(ids)
         content = hashlib.sha256(f"{len(self.shards)}\0{self.dataset.features}\n".encode())
-        for raw in first:
-            image = raw.image if isinstance(raw.image, bytes) else b""
-            content.update(f"{raw.id}\0{raw.label}\0{hashlib.sha256(image).hexdigest()}\n".encode())
+        content.update(_content(first))
         self.fingerprint = content.hexdigest()
 
     def read(self, shard: int) -> Iterator[RawExample | Broken]:
@@ -352,7 +396,7 @@ class HubStream(StreamSource):
                 yield self._raw(row, f"{self.shards[shard]} example {count}")
                 count += 1
         except Exception as error:  # of pyarrow, of a dozen file formats, of the network
-            yield Broken(f"{self.shards[shard]} after {count} examples ({_reason(error)})")
+            yield Broken(f"{self.title} {self.shards[shard]} after {count} examples ({_reason(error)})")
 
     def _raw(self, row: dict, place: str) -> RawExample:
         entry = row[self.image_column] or {}
@@ -399,7 +443,7 @@ def require_ids(source: StreamSource, flags: str) -> None:
     use."""
     require(
         source.has_ids,
-        f"{flags} needs examples with stable ids, but this stream has none: name a column of unique ids with "
-        "--id_column, or choose `random`.",
+        f"{flags} needs examples with stable ids, but this stream has none, or some of them repeat: name a column of "
+        "unique ids with --id_column, or choose `random`.",
     )
     source.ids_needed = True

@@ -1,9 +1,13 @@
 """Trains a linear map with `fit` on one or several processes, where one example's loss is not finite; prints what came
 out as JSON.
 
-    fit_toy.py OUTPUT_DIR BATCH_SIZE BAD_STEPS    (comma-separated attempted steps whose first example is bad)
+    fit_toy.py OUTPUT_DIR BATCH_SIZE BAD_STEPS [LAST]
+
+BAD_STEPS are attempted steps, comma-separated, whose first example is bad; LAST is how many batches the last process
+has data for.
 """
 
+import itertools
 import json
 import sys
 
@@ -13,7 +17,7 @@ from noisycond import hardware, trainer
 from noisycond.arguments import LoopArguments
 from noisycond.data.batches import Batches
 from noisycond.data.images import BadImages
-from noisycond.errors import one_sentence_errors
+from noisycond.errors import InputError, one_sentence_errors
 from noisycond.run_folder import RunFolder, claim
 
 
@@ -28,17 +32,29 @@ class Points:
         return {"index": index, "position": position, "x": torch.tensor([index / 100])}
 
 
+class Ending(Batches):
+    """Batches that end with an error in the last process."""
+
+    last = None
+
+    def starting_at(self, step):
+        mine = self.process_index == self.num_processes - 1 and self.last is not None
+        yield from itertools.islice(super().starting_at(step), self.last if mine else None)
+        raise InputError("there is no more data here.")
+
+
 @one_sentence_errors
 def main(argv=None):
-    output_dir, batch_size, bad_steps = argv or sys.argv[1:]
+    output_dir, batch_size, bad_steps, *last = argv or sys.argv[1:]
     bad_steps = {int(step) for step in bad_steps.split(",") if step}
     args = LoopArguments(output_dir=output_dir, train_batch_size=int(batch_size), max_train_steps=8, report_to="none")
     args.learning_rate, args.max_nonfinite_steps = 0.1, 3
     accelerator = hardware.make_accelerator(args)
     run = RunFolder(output_dir)
-    batches = Batches(
+    batches = Ending(
         Points(), args.train_batch_size, 1, accelerator.num_processes, accelerator.process_index, args.seed
     )
+    batches.last = int(last[0]) if last else None
     claim(run, args, trainer.facts(args, batches), "fit_toy.py", accelerator)
     seen = []
 

@@ -11,9 +11,9 @@ import pytest
 TOY = Path(__file__).resolve().parents[1] / "helpers" / "fit_toy.py"
 
 
-def run(folder, batch_size: int, bad_steps: str, processes: int = 1) -> subprocess.CompletedProcess:
+def run(folder, batch_size: int, bad_steps: str, processes: int = 1, *more) -> subprocess.CompletedProcess:
     launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes)] if processes > 1 else []
-    words = [sys.executable, *launcher, str(TOY), str(folder), str(batch_size), bad_steps]
+    words = [sys.executable, *launcher, str(TOY), str(folder), str(batch_size), bad_steps, *more]
     return subprocess.run(words, capture_output=True, text=True)
 
 
@@ -39,3 +39,10 @@ def test_too_many_in_a_row_end_the_run_on_all_processes(tmp_path):
     assert done.returncode != 0
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1 and "3 losses in a row were not finite" in errors[0] and "after step 5" in errors[0]
+
+
+def test_data_that_fails_in_another_process_ends_the_run_on_all(tmp_path):
+    done = run(tmp_path / "run", 4, "", 2, "3")
+    assert done.returncode != 0 and "[rank0]: Traceback" not in done.stderr
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert errors == ["error: there is no more data here."]

@@ -8,6 +8,7 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hub_server import HubServer, Repository
@@ -15,7 +16,7 @@ from huggingface_hub import HfApi, close_session, constants
 from launching import launch, load_script
 
 from noisycond import hub as room
-from noisycond.cards import model_card, public_name
+from noisycond.cards import class_conditional_card, model_card, public_name
 
 
 TOKEN = "hf_loopbackTestTokenThatNobodyMaySee"
@@ -294,6 +295,16 @@ def test_cards_name_no_folders_of_this_machine(tmp_path, monkeypatch):
     assert (
         public_name("stabilityai/sd-vae-ft-mse") == "stabilityai/sd-vae-ft-mse" and public_name("digits") == "digits"
     )
+
+
+def test_cards_hold_no_secret_of_a_shards_address(tmp_path):
+    (tmp_path / "names.txt").write_text("a\nb\n")
+    shards = ["--train_shards", "pipe:curl 'https://h/{0..1}.tar?sig=SECRET'"]
+    shards += ["--pretrained_vae_model_name_or_path", "digits-kl"]
+    args = load_arguments(tmp_path, *shards, "--class_names", str(tmp_path / "names.txt"), "--max_train_steps", "1")
+    result = SimpleNamespace(step=1, totals={"corruption": {"realized_ratio": 0.0}})
+    card = str(class_conditional_card(object(), args, ["a", "b"], result, None))
+    assert "SECRET" not in card and "| dataset | pipe: {0..1}.tar |" in card
 
 
 def load_arguments(tmp_path, *words):

@@ -128,13 +128,15 @@ def test_steps_without_the_data(script, capsys):
     )
 
 
-def test_a_folder_of_images(script, capsys, refused, tmp_path):
+def test_a_folder_of_images(script, capsys, refused, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     for label in "abc":
         (tmp_path / "images" / label).mkdir(parents=True)
         Image.new("RGB", (8, 8)).save(tmp_path / "images" / label / "0.png")
     words = ["--recipe", "dit_xl_2_in1k", "--denoiser", "dit-mini", "--train_data_dir", tmp_path / "images"]
     said = dry(script, capsys, *words)
     assert "epochs of 3 examples" in said and "(4 rows of 128" in said
+    assert [path.name for path in tmp_path.iterdir()] == ["images"]
     assert "--num_classes is 4" in refused("train_class_cond", *words, "--num_classes", 4, "--dry_run")
 
 

@@ -10,6 +10,8 @@ import pytest
 from torchvision.datasets import ImageFolder as TorchvisionImageFolder
 
 from noisycond.data.folder_index import FolderIndex, open_folder
+from noisycond.data.sources import ImageFolder
+from noisycond.errors import InputError
 
 
 LONG_AGO = 1_700_000_000 * 10**9
@@ -171,6 +173,40 @@ def test_a_cache_that_cannot_be_written_is_done_without(folder):
     (folder.parent / "file").write_text("")
     index = open_folder(str(folder), folder.parent / "file" / "cache", kept_from=0)
     assert len(index.names) == 15
+
+
+def test_a_link_to_nothing_is_listed_and_the_list_is_used(folder, stats):
+    (folder / "b/3.png").symlink_to("nowhere.png")
+    age(folder)
+    first = opened(folder)
+    place = list(first.names).index("b/3.png")
+    assert (first.sizes[place], first.times[place]) == (-1, -1) and (first.sizes >= 0).sum() == 15
+    stats.clear()
+    second = opened(folder, looked_at=100)
+    assert facts(second) == facts(first) and sum(path.endswith("b/3.png") for path in stats) == 1
+    source = ImageFolder(str(folder))
+    with pytest.raises(OSError):
+        source.read(place, 8)
+
+
+@pytest.mark.parametrize("where", [".", "b/deep"])
+def test_a_folder_that_cannot_be_listed_is_named(folder, where, monkeypatch):
+    real, closed = os.scandir, os.path.normpath(folder / where)
+
+    def scandir(path="."):
+        if os.path.normpath(path) == closed:
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(InputError, match="--train_data_dir") as caught:
+        ImageFolder(str(folder))
+    assert "Permission denied" in str(caught.value) and closed in str(caught.value)
+
+
+def test_a_list_can_be_made_without_writing(folder):
+    index = opened(folder, keep=False)
+    assert len(index.names) == 15 and not (folder.parent / "cache").exists()
 
 
 def test_nothing_is_left_beside_the_list(folder):

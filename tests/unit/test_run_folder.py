@@ -2,12 +2,15 @@
 
 import json
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from noisycond import checkpoints, trainer
 from noisycond.arguments import CorruptionArguments, LoopArguments, PerturbationArguments
 from noisycond.data.batches import Batches
+from noisycond.data.stream_batches import StreamedImages
 from noisycond.errors import InputError
 from noisycond.run_folder import RunFolder, claim
 
@@ -42,6 +45,27 @@ def refusal(run: RunFolder, *arguments, **options) -> str:
     with pytest.raises(InputError) as caught:
         take_up(run, *arguments, **options)
     return str(caught.value)
+
+
+# What may be told
+
+
+@dataclass
+class ShardArguments(SomeArguments):
+    train_shards: str | None = None
+
+
+def test_what_is_written_down_holds_no_secret(run, accelerator):
+    args = ShardArguments(output_dir=str(run.path), train_shards="pipe:curl 'https://h/{0..1}.tar?sig=SECRET'")
+    run.open(args, FACTS, "train.py")
+    assert json.loads(run.settings_file.read_text())["arguments"]["train_shards"] == "pipe: {0..1}.tar"
+
+    told = []
+    accelerator.init_trackers = lambda project, config: told.append(config)
+    images = StreamedImages(SimpleNamespace(shards=[], class_names=[]), None)
+    args.report_to, args.max_train_steps = "tensorboard", 1
+    trainer.announce(args, accelerator, images, torch.nn.Linear(1, 1), Batches([], 1))
+    assert told[0]["train_shards"] == "pipe: {0..1}.tar" and "SECRET" not in str(told)
 
 
 # Whose folder it is

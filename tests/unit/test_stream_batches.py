@@ -200,6 +200,53 @@ def test_a_stream_without_examples(workers):
     assert "1.tar after 0 examples" in str(caught.value)
 
 
+@pytest.mark.parametrize("process", [0, 1])
+@pytest.mark.parametrize("broken", [{"cut": [0]}, {"bad": range(4)}])
+def test_a_process_whose_share_is_broken_goes_on_with_the_next(process, broken):
+    source = Shards([0 if "cut" in broken else 4, 4], **broken)
+    batches = batches_of(source, num_processes=2, process_index=process, max_bad_images=4)
+    taken = take(batches, 3)
+    assert all(sorted(batch["class_labels"].tolist()) == [100, 101, 102, 103] for batch in taken)
+    names = {name.split(" (")[0] for batch in taken for name in batch["bad_images"]}
+    expected = {"the shard 0.tar after 0 examples"} if "cut" in broken else {f"0/{place}" for place in range(4)}
+    assert names in ([expected] if batches.lane.shards_of(0) == [0] else [expected, set()])
+
+
+def test_a_share_without_examples_is_empty_for_ever_where_processes_share_shards():
+    with pytest.raises(InputError, match="process 1 finds no example"):
+        take(batches_of(Shards([1]), num_processes=2, process_index=1), 1)
+
+
+def test_too_much_that_cannot_be_read_ends_the_run_before_a_batch_is_full():
+    with pytest.raises(InputError, match="--max_bad_images 3"):
+        take(batches_of(Shards([100], bad=range(90)), max_bad_images=3), 1)
+
+
+@pytest.mark.parametrize("needed", [False, True])
+def test_ids_that_repeat_within_a_block(needed):
+    class Repeating(Shards):
+        def read(self, shard):
+            for raw in super().read(shard):
+                yield RawExample(raw.name, "same" if raw.label in (1, 3) else raw.id, raw.image, raw.label)
+
+    source = Repeating([5])
+    source.ids_needed = needed
+    taken = take(batches_of(source), 5)
+    names = {name for batch in taken for name in batch["bad_images"]}
+    assert set(labels(taken)) == ({0, 1, 2, 4} if needed else {0, 1, 2, 3, 4})
+    assert names == ({"0/3 (its id same is that of another example too)"} if needed else set())
+
+
+def test_ids_that_are_not_stable_are_no_keys():
+    source = Shards([4])
+    source.has_ids = False
+    source.read = lambda shard: (
+        RawExample(f"place {raw.name}", "same", raw.image, raw.label) for raw in Shards.read(source, shard)
+    )
+    batch = take(batches_of(source), 1)[0]
+    assert set(batch["index"].tolist()) == {stable_key(f"place 0/{place}") for place in range(4)}
+
+
 def test_an_epoch_cut_short_by_a_resume_is_no_empty_one():
     batches = batches_of(Shards([4]))
     batches.load_state([[0, 0, 4, 0]])

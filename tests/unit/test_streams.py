@@ -9,10 +9,12 @@ import os
 import datasets
 import numpy as np
 import pytest
+from braceexpand import braceexpand
 from PIL import Image
 from shards import json_label, png, write_class_names, write_one, write_shards
 
 from noisycond.arguments import StreamArguments
+from noisycond.data.shard_names import redacted, shard_name
 from noisycond.data.sources import Digits
 from noisycond.data.streams import (
     Broken,
@@ -103,12 +105,57 @@ def test_ids_and_fingerprint_do_not_tell_where_the_shards_lie(tmp_path):
     one, other = (WebDatasetShards(f"{tmp_path}/{folder}/*.tar", NAMES) for folder in ("here", "else/where"))
     assert one.fingerprint == other.fingerprint
     assert [raw.id for raw in read(one)[0]] == [raw.id for raw in read(other)[0]]
-    both = WebDatasetShards(f"{tmp_path}/{{here,else/where}}/00000.tar", NAMES)
-    assert both.shards == ["here/00000.tar", "else/where/00000.tar"]  # of one name, told apart by their folders
-    assert len({raw.id for shard in (0, 1) for raw in read(both, shard)[0]}) == 4
-    assert both.fingerprint != one.fingerprint
-    remote = WebDatasetShards("https://example.org/data/{00000..00001}.tar?signature=1/2", NAMES)
-    assert remote.shards == one.shards
+    both = refusal(WebDatasetShards, f"{tmp_path}/{{here,else/where}}/00000.tar", NAMES)
+    assert "00000.tar is named more than once" in both
+    # What else is in the set does not change an id.
+    (tmp_path / "else/where/00000.tar").rename(tmp_path / "else/where/7.tar")
+    more = WebDatasetShards(f"{tmp_path}/here/*.tar::{tmp_path}/else/where/7.tar", NAMES)
+    assert [raw.id for raw in read(more)[0]] == [raw.id for raw in read(one)[0]]
+    assert more.fingerprint != one.fingerprint
+
+
+@pytest.mark.parametrize("changed", ["size", "content"])
+def test_another_dataset_of_the_usual_names_has_another_fingerprint(tmp_path, changed):
+    # Digits of other pixels as PNGs of other sizes, which the blocks of a tar hide.
+    write_shards(tmp_path / "one", [2, 1])
+    write_shards(tmp_path / "other", [2, 30] if changed == "size" else [2, 1], first=0 if changed == "size" else 100)
+    one, other = (WebDatasetShards(f"{tmp_path}/{folder}/*.tar", NAMES) for folder in ("one", "other"))
+    assert one.shards == other.shards and one.fingerprint != other.fingerprint
+    sizes = [[os.path.getsize(url) for url in source.urls] for source in (one, other)]
+    assert (sizes[0] == sizes[1]) == (changed == "content")
+
+
+ADDRESSES = [
+    ("pipe:curl 'https://h/d/{0..1}.tar?X-Amz-Signature=SECRET'", "pipe: {0..1}.tar", "0.tar"),
+    ("pipe:curl -H 'Authorization: Bearer SECRET' https://SECRET:SECRET@h/{0..1}.tar.gz", None, "0.tar.gz"),
+    ("https://me:SECRET@h/d/{0..1}.tar?sig=1/SECRET#SECRET", "https://h/d/{0..1}.tar", "0.tar"),
+    ("{https://a:SECRET@h/0.tar?s=SECRET,https://h/1.tar?s=SECRET}", None, "0.tar"),
+    ("gs://bucket/{0..1}.tar", "gs://bucket/{0..1}.tar", "0.tar"),
+    ("hf://datasets/me/it@main/{0..1}.tar", "hf://datasets/me/it@main/{0..1}.tar", "0.tar"),
+]
+
+
+@pytest.mark.parametrize(("pattern", "shown", "name"), ADDRESSES)
+def test_what_may_be_shown_of_an_address(pattern, shown, name):
+    said = redacted(pattern)
+    assert "SECRET" not in said and ".tar" in said and (shown is None or said == shown)
+    assert shard_name(next(iter(braceexpand(pattern)))) == name
+
+
+def test_local_patterns_are_shown_as_they_are():
+    assert redacted("d/?.tar::file:///e/[0#].tar") == "d/?.tar::file:///e/[0#].tar"
+    assert shard_name("d/e#1?.tar") == "e#1?.tar"
+
+
+def test_a_secret_is_in_no_key_and_no_message(tmp_path):
+    write_shards(tmp_path, [1, 1])
+    command = f"pipe:cat {tmp_path}/{{00000..00001}}.tar # https://h/?X-Amz-Signature="
+    one, other = (WebDatasetShards(command + secret, NAMES) for secret in ("SECRET", "ROTATED"))
+    assert [raw.id for raw in read(one)[0]] == [raw.id for raw in read(other)[0]] == ["00000.tar/0000"]
+    assert one.shards == ["00000.tar", "00001.tar"] and one.fingerprint == other.fingerprint
+    for pattern in ("pipe:cat SECRET", "pipe:curl SECRET::SECRET 0.tar", "pipe:cat {SECRET,SECRET}/0.tar"):
+        message = refusal(WebDatasetShards, pattern, NAMES)
+        assert "--train_shards" in message and "SECRET" not in message
 
 
 def test_shards_that_are_not_there(tmp_path):
@@ -324,6 +371,28 @@ def test_ids_that_are_missing_or_repeat_are_none(tmp_path, codes):
     source = stream(tmp_path / "data", id_column="code")
     message = refusal(require_ids, source, "--corruption_mode fixed")
     assert "--corruption_mode fixed" in message and "no" in message and "--id_column" in message
+
+
+def test_ids_that_repeat_in_another_shard_are_none(tmp_path):
+    parquet(tmp_path / "data", [3, 3])
+    table(3, 1).to_parquet(str(tmp_path / "data/train-00001-of-00002.parquet"))  # 1.png to 3.png, after 0.png to 2.png
+    source = stream(tmp_path / "data")
+    assert not source.has_ids and "or some of them repeat" in refusal(require_ids, source, "--cep_mode fixed")
+
+
+def test_keys_do_not_tell_where_the_dataset_lies(tmp_path):
+    parquet(tmp_path / "data", [1], paths=False)
+    source = stream(tmp_path / "data")
+    assert source.shards == ["shard 0"] and read(source)[0][0].name == "shard 0 example 0"
+
+
+def test_a_dataset_without_examples(tmp_path):
+    parquet(tmp_path / "data", [2])
+    source = stream(tmp_path / "data")
+    table(0).to_parquet(str(tmp_path / "data/train-00000-of-00001.parquet"))
+    assert "no example can be read in its 1 shards" in refusal(source._look_at_the_first)
+    source.shards = []
+    assert "no example can be read in its 0 shards" in refusal(source._look_at_the_first)
 
 
 def test_an_example_without_an_id_is_of_no_use_where_ids_are_needed(tmp_path):
