@@ -22,7 +22,7 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineO
 from diffusers.schedulers import KarrasDiffusionSchedulers
 from diffusers.utils import logging
 from diffusers.utils.torch_utils import randn_tensor
-from huggingface_hub import hf_hub_download, list_repo_files, snapshot_download
+from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 from safetensors.torch import load_file
 
 
@@ -225,7 +225,7 @@ class LDMClassToImagePipeline(DiffusionPipeline):
                 returned = callback_on_step_end(self, step, timestep, given) or {}
                 latents = returned.get("latents", latents)
                 class_embeds = returned.get("class_embeds", class_embeds)
-                # Not the scale: callbacks for diffusers' pipelines end guidance with 0, which asks us for the null class.
+                # The scale does not tell: 0 ends guidance in callbacks for diffusers, but is the null class in a call.
                 self._is_guided = len(class_embeds) == 2 * len(latents)
 
         images = latents if output_type == "latent" else self._decode(latents, output_type)
@@ -357,25 +357,26 @@ class LDMClassToImagePipeline(DiffusionPipeline):
 
 
 def _local_folder(name: str, kwargs: dict) -> Path:
-    """The folder, downloaded where the name is a Hub id: of every component its configuration and one set of weights."""
+    """The folder, downloaded where the name is a Hub id: of every component the settings and one set of weights."""
     if Path(name).is_dir():
         return Path(name)
     options = {option: kwargs[option] for option in HUB_OPTIONS if option in kwargs}
     try:
         index_file = hf_hub_download(name, DiffusionPipeline.config_name, **options)
-        index = _read_json(Path(index_file))
-        components = [key for key, value in index.items() if isinstance(value, list) and key != "_class_name"]
-        patterns = [DiffusionPipeline.config_name]
+        if kwargs.get("local_files_only"):
+            return Path(index_file).parent
         try:
-            known = {option: kwargs[option] for option in ("revision", "token") if option in kwargs}
-            listed = [] if kwargs.get("local_files_only") else list_repo_files(name, **known)
-        except Exception:  # offline, which has many types of errors: what is cached may do
-            listed = []
-        for component in components:
-            files = [file.removeprefix(f"{component}/") for file in listed if file.startswith(f"{component}/")]
-            weights = _choose_weights(files, kwargs.get("variant"), kwargs.get("use_safetensors") is False)
-            wanted = [*weights, "*.json"] if listed else ["*"]
-            patterns += [f"{component}/{file}" for file in wanted]
+            info = HfApi(token=kwargs.get("token")).model_info(name, revision=kwargs.get("revision"))
+        except Exception as error:  # the types of the network's errors differ between versions of the client
+            logger.info(f"{name}: only what is cached is used, as the Hub cannot be asked ({error}).")
+            return Path(index_file).parent
+        patterns = [DiffusionPipeline.config_name]
+        for component, value in _read_json(Path(index_file)).items():
+            if isinstance(value, list) and component != "_class_name":
+                paths = [Path(sibling.rfilename) for sibling in info.siblings or []]
+                files = [path.name for path in paths if str(path.parent) == component]
+                weights = _choose_weights(files, kwargs.get("variant"), kwargs.get("use_safetensors") is False)
+                patterns += [f"{component}/{file}" for file in (*weights, "*.json")]
         return Path(snapshot_download(name, allow_patterns=patterns, **options))
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())
@@ -445,9 +446,8 @@ def _choose_weights(names: list[str], variant: str | None, pickles: bool = False
 
     best = min(found, key=rank)
     stem, is_shard, _ = best.partition("-0")
-    return (
-        [name for name in found if name.startswith(f"{stem}-0") and rank(name) == rank(best)] if is_shard else [best]
-    )
+    shards = [name for name in found if name.startswith(f"{stem}-0") and rank(name) == rank(best)]
+    return shards if is_shard else [best]
 
 
 def _read_table(folder: Path, variant: str | None = None) -> torch.Tensor:

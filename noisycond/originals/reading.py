@@ -143,8 +143,8 @@ def _unpickle(path: Path):
         reason = str(error).rpartition("WeightsUnpickler error: ")[2].partition("Please use")[0]
         reason = " ".join(reason.split())[:200].rstrip(". ")
         raise InputError(
-            f"{path}: cannot be read as weights alone ({reason}); only if you trust its source, save its weights anew with "
-            f"torch.save(torch.load(FILE, weights_only=False)['state_dict'], NEW_FILE) and convert that."
+            f"{path}: cannot be read as weights alone ({reason}); only if you trust its source, save its weights anew "
+            f"with torch.save(torch.load(FILE, weights_only=False)['state_dict'], NEW_FILE) and convert that."
         ) from error
 
 

@@ -342,7 +342,7 @@ def test_what_cannot_be_read_safely_is_refused(content, tmp_path):
         torch.save({"state_dict": {"a": torch.ones(1)}, "x": content}, path)
     with pytest.raises(
         InputError,
-        match=f"{path}: (cannot be read as weights alone.*only if you trust its source.*weights_only=False|holds no weights)",
+        match=f"{path}: (cannot be read as weights alone.*only if you trust.*weights_only=False|holds no weights)",
     ):
         read_weights(path)
 
