@@ -7,6 +7,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from accelerate import cpu_offload
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel, VQModel
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 
@@ -330,23 +331,38 @@ def test_all_modules_take_part_in_offloading(pipeline):
     assert set(pipeline.model_cpu_offload_seq.split("->")) == modules
 
 
+def test_layers_are_offloaded_one_by_one(pipeline):
+    """With hooks as `enable_sequential_cpu_offload` sets them, though the device is the CPU."""
+    other = make()
+    for name, part in other.components.items():
+        if isinstance(part, torch.nn.Module) and name not in other._exclude_from_cpu_offload:
+            cpu_offload(part, torch.device("cpu"))
+    assert other.unet.device.type == other.class_embedder.device.type == "meta"
+    assert np.array_equal(draw(other), draw(pipeline))
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("place", ["to", "enable_model_cpu_offload", "enable_sequential_cpu_offload"])
 def test_on_a_gpu(pipeline, place):
-    """However the parts get there, the images are those of the CPU, with generators of either device."""
+    """However the parts get there, the latents are those of the CPU, with generators of either device."""
     other = make()
-    getattr(other, place)("cuda")
+    getattr(other, place)(device="cuda")
 
     def generators(device):
         return [torch.Generator(device).manual_seed(number) for number in range(3)]
 
-    on_cpu = draw(pipeline, generator=generators("cpu"), eta=0.5)
-    assert np.abs(draw(other, generator=generators("cpu"), eta=0.5) - on_cpu).max() < 2e-2
+    # Of latents, as the codebook makes jumps of rounding.
+    on_cpu, on_gpu = (
+        draw(drawing, generator=generators("cpu"), eta=0.5, output_type="latent").cpu()
+        for drawing in (pipeline, other)
+    )
+    assert (on_cpu - on_gpu).abs().max() < 0.02 * on_cpu.abs().max()
     first, again = (draw(other, generator=generators("cuda")) for _ in range(2))
-    assert np.abs(first - again).max() < 1e-3 and first.std() > 1e-2
+    assert first.shape == (3, 16, 16, 3) and first.std() > 1e-2 and np.abs(first - again).mean() < 1e-2
     if place != "to":
         assert all(parameter.device.type != "cuda" for parameter in other.unet.parameters())
-    assert draw(other, torch.tensor([3, 9, 0], device="cuda")).shape == on_cpu.shape
+    on_device = torch.tensor([3, 9, 0], device="cuda")
+    assert other(on_device, num_inference_steps=2, output_type="pt").images.shape == (3, 3, 16, 16)
 
 
 def test_parts_make_another_pipeline(pipeline):
