@@ -80,9 +80,8 @@ class LDMClassToImagePipeline(DiffusionPipeline):
     """
 
     model_cpu_offload_seq = "class_embedder->unet->vqvae"
-    _exclude_from_cpu_offload = [
-        "vqvae"
-    ]  # one layer at a time fails: VQModel's codebook is read from outside its layer
+    # Layer by layer it fails: VQModel reads the codebook from outside its layer.
+    _exclude_from_cpu_offload = ["vqvae"]
     _optional_components = ["vqvae"]
     _callback_tensor_inputs = ["latents", "class_embeds"]
 

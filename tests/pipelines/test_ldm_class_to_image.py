@@ -352,10 +352,8 @@ def test_on_a_gpu(pipeline, place):
         return [torch.Generator(device).manual_seed(number) for number in range(3)]
 
     # Of latents, as the codebook makes jumps of rounding.
-    on_cpu, on_gpu = (
-        draw(drawing, generator=generators("cpu"), eta=0.5, output_type="latent").cpu()
-        for drawing in (pipeline, other)
-    )
+    options = {"eta": 0.5, "output_type": "latent"}
+    on_cpu, on_gpu = (draw(each, generator=generators("cpu"), **options).cpu() for each in (pipeline, other))
     assert (on_cpu - on_gpu).abs().max() < 0.02 * on_cpu.abs().max()
     first, again = (draw(other, generator=generators("cuda")) for _ in range(2))
     assert first.shape == (3, 16, 16, 3) and first.std() > 1e-2 and np.abs(first - again).mean() < 1e-2
