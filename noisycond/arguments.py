@@ -7,6 +7,7 @@ import dataclasses
 import math
 import re
 import sys
+from argparse import ArgumentTypeError
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -15,6 +16,7 @@ from typing import Literal, TypeVar
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from transformers import HfArgumentParser
+from transformers.hf_argparser import string_to_bool
 
 from noisycond.errors import InputError, flag_hint, require
 from noisycond.recipes import read_recipe
@@ -478,6 +480,36 @@ def parse_arguments(cls: type[ArgumentsT], argv: list[str] | None = None, defaul
         raise InputError(f"unknown flag {name}{flag_hint(name, known)}.")
     arguments.inferred = inferred
     return arguments
+
+
+def split_words(cls: type[Arguments], argv: list[str]) -> tuple[list[str], list[str]]:
+    """The words of a command line that belong to no flag of `cls`, and the flags with their values.
+
+    A switch takes the next word only where that says yes or no, so `--switch WORD` leaves the word. A flag that is not
+    known is taken to have a value.
+    """
+    options = _Parser(cls, allow_abbrev=False)._option_string_actions
+    words, flags, rest = [], [], list(argv)
+    while rest:
+        word = rest.pop(0)
+        if not word.startswith("-"):
+            words.append(word)
+            continue
+        flags.append(word)
+        action = options.get(word)
+        is_switch = action is not None and action.nargs in (0, "?")
+        if "=" in word or not rest or rest[0].startswith("--") or (is_switch and not _is_yes_or_no(rest[0])):
+            continue
+        flags.append(rest.pop(0))
+    return words, flags
+
+
+def _is_yes_or_no(word: str) -> bool:
+    try:
+        string_to_bool(word)
+    except ArgumentTypeError:
+        return False
+    return True
 
 
 def _value_of(argv: list[str], name: str) -> str | None:

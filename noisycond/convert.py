@@ -13,8 +13,9 @@ from pathlib import Path
 import yaml
 from diffusers import DiffusionPipeline, DiTPipeline
 
-from noisycond.arguments import Arguments, flag, parse_arguments
+from noisycond.arguments import Arguments, flag, parse_arguments, split_words
 from noisycond.cards import loading_code, public_name
+from noisycond.data.sources import read_class_names
 from noisycond.errors import InputError, one_sentence_errors, require, writing
 from noisycond.export import export_pipeline, sampling_scheduler
 from noisycond.first_stage import open_first_stage
@@ -42,9 +43,9 @@ class ConvertArguments(Arguments):
     source: str | None = flag(
         None,
         "A folder or Hub id in the layout of the released checkpoints, or a .ckpt, .pt or .safetensors file of "
-        "original LDM or DiT weights. Also the first word without a flag.",
+        "original LDM or DiT weights. Also the first word that belongs to no flag.",
     )
-    output_dir: str | None = flag(None, "A new folder for the pipeline. Also the second word without a flag.")
+    output_dir: str | None = flag(None, "A new folder for the pipeline. Also the second such word.")
     config: str | None = flag(None, "For an original LDM: its configuration, a YAML file as in LDM's repository.")
     first_stage: str | None = flag(
         None, "A folder or Hub id of an AutoencoderKL or VQModel; an original DiT needs it, others have their own."
@@ -130,6 +131,9 @@ def convert(args: ConvertArguments) -> tuple[DiffusionPipeline, list[str] | None
         InputError: it cannot be converted; the message says why.
     """
     kind = find_kind(args)
+    # Before the weights, which may take minutes to read.
+    settings = read_settings(read_yaml(args.config), Path(args.config)) if args.config else Settings()
+    names = read_names(Path(args.id2label)) if args.id2label is not None else None
     if kind == "file":
         path = Path(args.source)
         state, entry = read_weights(path)
@@ -142,7 +146,6 @@ def convert(args: ConvertArguments) -> tuple[DiffusionPipeline, list[str] | None
         if args.scaling_factor is not None:
             first_stage.register_to_config(scaling_factor=args.scaling_factor)
     if kind == "ldm":
-        settings = read_settings(read_yaml(args.config), Path(args.config)) if args.config else Settings()
         settings.attention_heads = args.attention_heads or settings.attention_heads
         options = {"scaling_factor": args.scaling_factor, "first_stage": first_stage}
         pipeline = convert_ldm(state, path, settings, resolution=args.resolution or 256, **options)
@@ -152,10 +155,8 @@ def convert(args: ConvertArguments) -> tuple[DiffusionPipeline, list[str] | None
         open_folder = open_ldm_folder if kind == "ldm folder" else open_dit_folder
         pipeline = open_folder(args.source, first_stage, args.scaling_factor)
     check_first_stage(args, pipeline)
-    if args.id2label is not None:
-        names = read_names(Path(args.id2label))
-    else:
-        names = names_of_index(args.source) if kind.endswith("folder") else None
+    if names is None and kind.endswith("folder"):
+        names = names_of_index(args.source)
     check_names(args, pipeline, names)
     return pipeline, names
 
@@ -207,15 +208,11 @@ def names_of_index(source: str) -> list[str] | None:
 
 def read_names(path: Path) -> list[str]:
     """Class names by label, from a JSON or text file."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise InputError(f"--id2label {path}: no text in UTF-8 ({error}).") from error
     if path.suffix != ".json":
-        return text.split("\n")[:-1] if text.endswith("\n") else text.split("\n")
+        return read_class_names("--id2label", str(path))
     try:
-        names = json.loads(text)
-    except ValueError as error:
+        names = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # also of what is no UTF-8
         raise InputError(f"--id2label {path}: cannot be read as JSON ({error}).") from error
     require(isinstance(names, (dict, list)), f"--id2label {path}: expected a list or an object with a name per label.")
     return _in_order(names, f"--id2label {path}") if isinstance(names, dict) else [str(name) for name in names]
@@ -239,10 +236,12 @@ def read_yaml(path: str) -> dict:
 
 
 def with_flags(argv: list[str]) -> list[str]:
-    """The first two words as --source and --output_dir, where they are no flags."""
-    words = [word for word in argv[:2] if not word.startswith("-")]
-    named = [part for name, word in zip(("--source", "--output_dir"), words, strict=False) for part in (name, word)]
-    return named + argv[len(words) :]
+    """The command line with SOURCE and OUTPUT_DIR, which may stand anywhere in it, as flags."""
+    words, flags = split_words(ConvertArguments, argv)
+    given = {word.partition("=")[0].replace("-", "_") for word in flags}
+    missing = [name for name in ("source", "output_dir") if f"__{name}" not in given]
+    named = [f"--{name}={word}" for name, word in zip(missing, words, strict=False)]
+    return [*flags, *named, *words[len(named) :]]
 
 
 @one_sentence_errors

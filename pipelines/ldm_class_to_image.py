@@ -11,8 +11,10 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel, VQModel
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.models.modeling_utils import ModelMixin
@@ -20,7 +22,7 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineO
 from diffusers.schedulers import KarrasDiffusionSchedulers
 from diffusers.utils import logging
 from diffusers.utils.torch_utils import randn_tensor
-from huggingface_hub import hf_hub_download, snapshot_download
+from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 from safetensors.torch import load_file
 
 
@@ -28,6 +30,7 @@ logger = logging.get_logger(__name__)
 MODULE = "ldm_class_to_image"  # the name of this file wherever it travels
 FIRST_STAGES = ("VQModel", "AutoencoderKL")
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "token")
+Callback = Callable[["LDMClassToImagePipeline", int, int, dict], dict]
 
 
 class ClassEmbedder(ModelMixin, ConfigMixin):
@@ -77,6 +80,8 @@ class LDMClassToImagePipeline(DiffusionPipeline):
     """
 
     model_cpu_offload_seq = "class_embedder->unet->vqvae"
+    # Layer by layer it fails: VQModel reads the codebook from outside its layer.
+    _exclude_from_cpu_offload = ["vqvae"]
     _optional_components = ["vqvae"]
     _callback_tensor_inputs = ["latents", "class_embeds"]
 
@@ -119,7 +124,7 @@ class LDMClassToImagePipeline(DiffusionPipeline):
 
     @property
     def do_classifier_free_guidance(self) -> bool:
-        return self._guidance_scale != 1.0
+        return self._is_guided
 
     @property
     def num_timesteps(self) -> int:
@@ -132,7 +137,7 @@ class LDMClassToImagePipeline(DiffusionPipeline):
     @torch.no_grad()
     def __call__(
         self,
-        class_labels: int | list[int] | torch.LongTensor,
+        class_labels: int | list[int] | np.ndarray | torch.LongTensor,
         height: int | None = None,
         width: int | None = None,
         num_inference_steps: int = 50,
@@ -143,7 +148,7 @@ class LDMClassToImagePipeline(DiffusionPipeline):
         latents: torch.Tensor | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
-        callback_on_step_end: Callable[["LDMClassToImagePipeline", int, int, dict], dict] | None = None,
+        callback_on_step_end: Callback | PipelineCallback | MultiPipelineCallbacks | None = None,
         callback_on_step_end_tensor_inputs: list[str] | tuple[str, ...] = ("latents",),
     ) -> ImagePipelineOutput | tuple:
         r"""Draws images.
@@ -162,8 +167,10 @@ class LDMClassToImagePipeline(DiffusionPipeline):
                 (scaled latents [N, C, h, w]).
             return_dict: whether an [`ImagePipelineOutput`] is returned instead of a tuple.
             callback_on_step_end: called as `callback(pipeline, step, timestep, tensors)` after every step; what it
-                returns replaces the tensors.
-            callback_on_step_end_tensor_inputs: which tensors it gets; of `latents` and `class_embeds`.
+                returns replaces the tensors. It may set `pipeline._guidance_scale` for the steps that follow, and end
+                guidance by keeping the second, conditional half of `class_embeds` [2N, 1, D].
+            callback_on_step_end_tensor_inputs: which tensors it gets; of `latents` and `class_embeds`. A
+                [`PipelineCallback`] says so itself.
 
         Returns:
             [`ImagePipelineOutput`], or a tuple whose first element are the images.
@@ -183,8 +190,10 @@ class LDMClassToImagePipeline(DiffusionPipeline):
         factor = self.vae_scale_factor
         height = height or self._sample_size[0] * factor
         width = width or self._sample_size[1] * factor
+        if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
+            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
         self._check_inputs(height, width, output_type, generator, len(labels), callback_on_step_end_tensor_inputs)
-        self._guidance_scale, self._interrupt = guidance_scale, False
+        self._guidance_scale, self._is_guided, self._interrupt = guidance_scale, guidance_scale != 1.0, False
 
         device = self._execution_device
         class_embeds = self.class_embedder(labels.to(device))
@@ -210,7 +219,7 @@ class LDMClassToImagePipeline(DiffusionPipeline):
             prediction = self.unet(doubled, timestep, class_embeds, return_dict=False)[0]
             if self.do_classifier_free_guidance:
                 unconditional, conditional = prediction.chunk(2)
-                prediction = unconditional + guidance_scale * (conditional - unconditional)
+                prediction = unconditional + self.guidance_scale * (conditional - unconditional)
             latents = self.scheduler.step(prediction, timestep, latents, **options, return_dict=False)[0]
             if callback_on_step_end is not None:
                 tensors = {"latents": latents, "class_embeds": class_embeds}
@@ -218,6 +227,8 @@ class LDMClassToImagePipeline(DiffusionPipeline):
                 returned = callback_on_step_end(self, step, timestep, given) or {}
                 latents = returned.get("latents", latents)
                 class_embeds = returned.get("class_embeds", class_embeds)
+                # The scale does not tell: 0 ends guidance in callbacks for diffusers, but is the null class in a call.
+                self._is_guided = len(class_embeds) == 2 * len(latents)
 
         images = latents if output_type == "latent" else self._decode(latents, output_type)
         self.maybe_free_model_hooks()
@@ -230,17 +241,16 @@ class LDMClassToImagePipeline(DiffusionPipeline):
 
     def _check_labels(self, class_labels) -> torch.LongTensor:
         if isinstance(class_labels, torch.Tensor):
-            labels = class_labels.reshape(-1).cpu()
-        else:
-            labels = torch.as_tensor([class_labels] if isinstance(class_labels, int) else list(class_labels))
+            class_labels = class_labels.tolist()
+        labels = np.asarray(class_labels).reshape(-1)
         highest = self.class_embedder.null_class
-        if labels.dtype not in (torch.int64, torch.int32) or not len(labels):
+        if labels.dtype.kind not in "iu" or not len(labels):
             raise ValueError("`class_labels` must be one or more integers; for class names see `get_label_ids`.")
         if labels.min() < 0 or labels.max() > highest:
             raise ValueError(
                 f"`class_labels` are {labels.tolist()}, but must lie in [0, {highest}] ({highest} is null)."
             )
-        return labels.long()
+        return torch.from_numpy(labels.astype(np.int64))
 
     def _check_inputs(self, height, width, output_type, generator, count, tensor_inputs) -> None:
         # Below the first stage the U-Net halves the latents once per level but the last.
@@ -349,15 +359,26 @@ class LDMClassToImagePipeline(DiffusionPipeline):
 
 
 def _local_folder(name: str, kwargs: dict) -> Path:
-    """The folder, downloaded where the name is a Hub id: of every component its files, nothing else."""
+    """The folder, downloaded where the name is a Hub id: of every component the settings and one set of weights."""
     if Path(name).is_dir():
         return Path(name)
     options = {option: kwargs[option] for option in HUB_OPTIONS if option in kwargs}
     try:
         index_file = hf_hub_download(name, DiffusionPipeline.config_name, **options)
-        index = _read_json(Path(index_file))
-        components = [key for key, value in index.items() if isinstance(value, list) and key != "_class_name"]
-        patterns = [DiffusionPipeline.config_name, *(f"{component}/*" for component in components)]
+        if kwargs.get("local_files_only"):
+            return Path(index_file).parent
+        try:
+            info = HfApi(token=kwargs.get("token")).model_info(name, revision=kwargs.get("revision"))
+        except Exception as error:  # the types of the network's errors differ between versions of the client
+            logger.info(f"{name}: only what is cached is used, as the Hub cannot be asked ({error}).")
+            return Path(index_file).parent
+        patterns = [DiffusionPipeline.config_name]
+        for component, value in _read_json(Path(index_file)).items():
+            if isinstance(value, list) and component != "_class_name":
+                paths = [Path(sibling.rfilename) for sibling in info.siblings or []]
+                files = [path.name for path in paths if str(path.parent) == component]
+                weights = _choose_weights(files, kwargs.get("variant"), kwargs.get("use_safetensors") is False)
+                patterns += [f"{component}/{file}" for file in (*weights, "*.json")]
         return Path(snapshot_download(name, allow_patterns=patterns, **options))
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())
@@ -411,21 +432,24 @@ def _check_pieces(folder: Path, index: dict, embedder: str | None, first_stage: 
 
 
 def _weight_files(folder: Path, variant: str | None = None) -> list[Path]:
-    """The files of one set of weights: safetensors before pickles, the asked variant before the plain one, all shards
-    of a sharded one."""
-    found = [path for kind in ("safetensors", "bin") for path in sorted(folder.glob(f"*.{kind}"))]
+    """The files of one set of weights in a component's folder."""
+    return [folder / name for name in _choose_weights([path.name for path in folder.glob("*")], variant)]
+
+
+def _choose_weights(names: list[str], variant: str | None, pickles: bool = False) -> list[str]:
+    """Of a folder's files those of one set of weights: safetensors before pickles (or the reverse), the asked variant
+    before the plain one, all shards of a sharded one."""
+    found = sorted(name for name in names if name.endswith((".safetensors", ".bin")))
     if not found:
         return []
 
-    def rank(path: Path) -> tuple:
-        is_variant = f".{variant}" in path.name
-        return path.suffix == ".bin", not is_variant, path.name.count(".")
+    def rank(name: str) -> tuple:
+        return name.endswith(".bin") != pickles, f".{variant}" not in name, name.count(".")
 
     best = min(found, key=rank)
-    stem, is_shard, _ = best.name.partition("-0")
-    if not is_shard:
-        return [best]
-    return [path for path in found if path.name.startswith(f"{stem}-0") and rank(path) == rank(best)]
+    stem, is_shard, _ = best.partition("-0")
+    shards = [name for name in found if name.startswith(f"{stem}-0") and rank(name) == rank(best)]
+    return shards if is_shard else [best]
 
 
 def _read_table(folder: Path, variant: str | None = None) -> torch.Tensor:
@@ -433,7 +457,8 @@ def _read_table(folder: Path, variant: str | None = None) -> torch.Tensor:
     tables = []
     for file in _weight_files(folder, variant):
         try:
-            state = load_file(file) if file.suffix == ".safetensors" else torch.load(file, weights_only=True)
+            is_pickle = file.suffix == ".bin"
+            state = torch.load(file, map_location="cpu", weights_only=True) if is_pickle else load_file(file)
             tables += [tensor for tensor in state.values() if torch.is_tensor(tensor) and tensor.dim() == 2]
         except Exception as error:  # safetensors and pickle have errors of their own
             raise ValueError(f"{file}: cannot be read ({' '.join(str(error).split())}).") from error

@@ -1,6 +1,8 @@
 """Files of original weights: read without running anything that is in them, and told apart by parameters' names."""
 
 import pickle
+import zipfile
+from collections import OrderedDict
 from pathlib import Path
 from typing import Literal
 
@@ -28,6 +30,68 @@ class _Inert:
 
     def __setstate__(self, state):
         pass
+
+
+class _InertDict:
+    """Stands for a class that inherits from dict: `weights_only` fills no dict but those of the standard library."""
+
+    def __new__(cls, *args):
+        return OrderedDict()
+
+
+class _InertList:
+    """Stands for a class that is filled as a list is."""
+
+    def __new__(cls, *args):
+        return []
+
+
+class _Noticing:
+    """An object while a pickle is scouted: notes on its class how it is filled, and keeps nothing."""
+
+    stand_in = _Inert
+
+    def __new__(cls, *args, **kwargs):
+        return super().__new__(cls)
+
+    def __init__(self, *args, **kwargs):
+        pass
+
+    def __setstate__(self, state):
+        pass
+
+    def __setitem__(self, key, value):
+        type(self).stand_in = _InertDict
+
+    def append(self, item):
+        type(self).stand_in = _InertList
+
+    extend = append
+
+
+class _Scout(pickle.Unpickler):
+    """Goes through a pickle to learn which objects are filled as dicts or lists. It finds no class of any library,
+    only classes that notice, so no code but the one above is run."""
+
+    def __init__(self, file):
+        super().__init__(file)
+        self.classes: dict[str, type[_Noticing]] = {}
+
+    def find_class(self, module: str, name: str) -> type[_Noticing]:
+        return self.classes.setdefault(f"{module}.{name}", type(name, (_Noticing,), {}))
+
+    def persistent_load(self, pid):  # a tensor's numbers
+        return None
+
+
+def _stand_ins(path: Path, names: list[str]) -> list[tuple[type, str]]:
+    """For these classes of a checkpoint their stand-ins, as `safe_globals` takes them."""
+    with zipfile.ZipFile(path) as archive:
+        (member,) = (name for name in archive.namelist() if name.endswith("/data.pkl"))
+        with archive.open(member) as file:
+            scout = _Scout(file)
+            scout.load()
+    return [(scout.classes.get(name, _Noticing).stand_in, name) for name in names]
 
 
 def read_weights(path: Path) -> tuple[StateDict, str]:
@@ -72,15 +136,15 @@ def _unpickle(path: Path):
             return torch.load(path, **options)
         except pickle.UnpicklingError:
             foreign = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-        with torch.serialization.safe_globals([(_Inert, name) for name in foreign]):
+        with torch.serialization.safe_globals(_stand_ins(path, foreign)):
             return torch.load(path, **options)
     except Exception as error:  # a damaged file fails in as many ways as there are bytes
         # torch's message has the cause after this word and advice after that one.
         reason = str(error).rpartition("WeightsUnpickler error: ")[2].partition("Please use")[0]
         reason = " ".join(reason.split())[:200].rstrip(". ")
         raise InputError(
-            f"{path}: cannot be read as weights alone ({reason}); if you trust its source, save its weights anew with "
-            f"torch.save(torch.load(FILE, weights_only=False)['state_dict'], NEW_FILE) and convert that."
+            f"{path}: cannot be read as weights alone ({reason}); only if you trust its source, save its weights anew "
+            f"with torch.save(torch.load(FILE, weights_only=False)['state_dict'], NEW_FILE) and convert that."
         ) from error
 
 

@@ -7,7 +7,9 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from accelerate import cpu_offload
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel, VQModel
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 
 from noisycond.pipelines import ClassEmbedder, LDMClassToImagePipeline
 
@@ -102,7 +104,8 @@ def test_several_images_per_label(pipeline):
 
 def test_labels_in_every_form(pipeline):
     wanted = draw(pipeline, [4])
-    for label in (4, torch.tensor(4), torch.tensor([4])):
+    arrays = (np.int64(4), np.uint8(4), np.array([4], dtype=np.int32), np.array(4), [np.int64(4)])
+    for label in (4, torch.tensor(4), torch.tensor([4]), torch.tensor([4], dtype=torch.uint8), *arrays):
         images = pipeline(label, num_inference_steps=3, output_type="np", generator=torch.manual_seed(5)).images
         assert np.array_equal(images, wanted)
 
@@ -182,6 +185,56 @@ def test_a_callback_can_interrupt(pipeline):
 
     draw(pipeline, callback_on_step_end=callback)
     assert steps == [0]
+
+
+class Cutoff(PipelineCallback):
+    """No guidance from a step on, as diffusers' documentation on callbacks switches it off."""
+
+    tensor_inputs = ["class_embeds"]
+
+    def callback_fn(self, owner, step, timestep, tensors):
+        if step == self.config.cutoff_step_index:
+            owner._guidance_scale = 0.0
+            tensors["class_embeds"] = tensors["class_embeds"].chunk(2)[-1]
+        return tensors
+
+
+@pytest.mark.parametrize("wrap", [lambda callback: callback, lambda callback: MultiPipelineCallbacks([callback])])
+def test_a_callback_ends_guidance(pipeline, wrap):
+    """After its first step the images go on as those of a pipeline that is not guided."""
+    after_one, seen = [], []
+
+    def keep(owner, step, timestep, tensors):
+        after_one.append(tensors["latents"])
+        owner._interrupt = True
+
+    draw(pipeline, output_type="latent", callback_on_step_end=keep)
+    hook = pipeline.unet.register_forward_pre_hook(lambda module, inputs: seen.append(len(inputs[0])))
+    found = draw(pipeline, output_type="latent", callback_on_step_end=wrap(Cutoff(None, cutoff_step_index=0)))
+    hook.remove()
+    assert seen == [6, 3, 3] and not pipeline.do_classifier_free_guidance
+    latents, embeds = after_one[0], pipeline.class_embedder(torch.tensor([3, 9, 0]))
+    with torch.no_grad():
+        for timestep in pipeline.scheduler.timesteps[1:]:
+            prediction = pipeline.unet(latents, timestep, embeds).sample
+            latents = pipeline.scheduler.step(prediction, timestep, latents).prev_sample
+    assert torch.equal(found, latents)
+
+
+def test_a_callback_changes_the_guidance(pipeline):
+    """The steps that follow are those of a call with that scale, from the same latents on."""
+    after_one = []
+
+    def change(owner, step, timestep, tensors):
+        after_one.append(tensors["latents"])
+        owner._guidance_scale = 7.0
+
+    def go_on(owner, step, timestep, tensors):
+        return {"latents": after_one[0]} if step == 0 else {}
+
+    changed = draw(pipeline, callback_on_step_end=change)
+    assert np.array_equal(changed, draw(pipeline, guidance_scale=7.0, callback_on_step_end=go_on))
+    assert np.abs(changed - draw(pipeline)).max() > 1e-3
 
 
 def schedulers() -> list[str]:
@@ -278,6 +331,38 @@ def test_all_modules_take_part_in_offloading(pipeline):
     assert set(pipeline.model_cpu_offload_seq.split("->")) == modules
 
 
+def test_layers_are_offloaded_one_by_one(pipeline):
+    """With hooks as `enable_sequential_cpu_offload` sets them, though the device is the CPU."""
+    other = make()
+    for name, part in other.components.items():
+        if isinstance(part, torch.nn.Module) and name not in other._exclude_from_cpu_offload:
+            cpu_offload(part, torch.device("cpu"))
+    assert other.unet.device.type == other.class_embedder.device.type == "meta"
+    assert np.array_equal(draw(other), draw(pipeline))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("place", ["to", "enable_model_cpu_offload", "enable_sequential_cpu_offload"])
+def test_on_a_gpu(pipeline, place):
+    """However the parts get there, the latents are those of the CPU, with generators of either device."""
+    other = make()
+    getattr(other, place)(device="cuda")
+
+    def generators(device):
+        return [torch.Generator(device).manual_seed(number) for number in range(3)]
+
+    # Of latents, as the codebook makes jumps of rounding.
+    options = {"eta": 0.5, "output_type": "latent"}
+    on_cpu, on_gpu = (draw(each, generator=generators("cpu"), **options).cpu() for each in (pipeline, other))
+    assert (on_cpu - on_gpu).abs().max() < 0.02 * on_cpu.abs().max()
+    first, again = (draw(other, generator=generators("cuda")) for _ in range(2))
+    assert first.shape == (3, 16, 16, 3) and first.std() > 1e-2 and np.abs(first - again).mean() < 1e-2
+    if place != "to":
+        assert all(parameter.device.type != "cuda" for parameter in other.unet.parameters())
+    on_device = torch.tensor([3, 9, 0], device="cuda")
+    assert other(on_device, num_inference_steps=2, output_type="pt").images.shape == (3, 3, 16, 16)
+
+
 def test_parts_make_another_pipeline(pipeline):
     other = LDMClassToImagePipeline(**pipeline.components)
     other.set_progress_bar_config(disable=True)
@@ -291,6 +376,8 @@ def test_parts_make_another_pipeline(pipeline):
         ({"labels": [-1]}, "class_labels"),
         ({"labels": []}, "class_labels"),
         ({"labels": [1.5]}, "get_label_ids"),
+        ({"labels": ["cat"]}, "get_label_ids"),
+        ({"labels": np.array([True])}, "get_label_ids"),
         ({"output_type": "jpeg"}, "output_type"),
         ({"height": 17}, "height.*multiples of 4"),
         ({"latents": torch.zeros(1, 3, 8, 8)}, r"latents.*\(3, 3, 8, 8\)"),

@@ -80,6 +80,19 @@ def test_old_parameter_names_and_pickles(released, tmp_path):
     )
 
 
+def test_pickles_of_a_gpu_are_read_on_the_cpu(tmp_path, monkeypatch):
+    """As a table saved on another machine's device: the place is asked for before the numbers are there."""
+    places, load = [], torch.load
+
+    def noticing(*args, **options):
+        places.append(options.get("map_location"))
+        return load(*args, **options)
+
+    monkeypatch.setattr(torch, "load", noticing)
+    LDMClassToImagePipeline.from_pretrained(write_ldm(tmp_path, old=True))
+    assert places and all(place is not None and torch.device(place).type in ("cpu", "meta") for place in places)
+
+
 def test_sharded_weights(released, folder):
     UNet2DConditionModel.from_pretrained(folder / "unet").save_pretrained(folder / "sharded", max_shard_size="20KB")
     shutil.rmtree(folder / "unet")

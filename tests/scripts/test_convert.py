@@ -138,6 +138,39 @@ def test_a_checkpoint_says_which_weights_it_gives(sources, script, tmp_path, cap
     assert "trust_remote_code=True" in capsys.readouterr().out
 
 
+def test_source_and_output_stand_anywhere(sources, script, tmp_path):
+    """Before the flags, after them (also after a switch), between them, or as flags."""
+    dit, flags = sources / "dit.pt", ["--attention_heads", 4, "--first_stage", sources / "vae"]
+    lines = {
+        "first": (dit, "OUT", *flags, "--stock"),
+        "last": (*flags, "--stock", dit, "OUT"),
+        "value": ("--stock", "true", dit, *flags, "OUT"),
+        "flags": (*flags, "--stock", "--source", dit, "--output_dir", "OUT"),
+        "mixed": ("--output-dir=OUT", f"--first_stage={sources / 'vae'}", dit, *flags[:2], "--stock"),
+    }
+    for name, words in lines.items():
+        script(CONVERT, *(str(word).replace("OUT", str(tmp_path / name)) for word in words))
+        assert type(DiffusionPipeline.from_pretrained(tmp_path / name)) is DiTPipeline
+    files = [{path.relative_to(tmp_path / name) for path in (tmp_path / name).rglob("*")} for name in lines]
+    assert all(found == files[0] for found in files)
+
+
+def test_class_names_of_another_editor(sources, script, tmp_path):
+    """Lines that end in CR LF, and an empty one."""
+    names = [f"class {label}" for label in range(10)]
+    (tmp_path / "names.txt").write_bytes("\r\n".join([*names[:5], "", *names[5:], ""]).encode())
+    script(CONVERT, sources / "ldm", tmp_path / "x", "--id2label", tmp_path / "names.txt")
+    index = json.loads((tmp_path / "x/model_index.json").read_text())
+    assert index["id2label"] == {str(label): name for label, name in enumerate(names)}
+
+
+@pytest.mark.parametrize("flag, words", [("--config", "not valid YAML"), ("--id2label", "cannot be read as JSON")])
+def test_small_files_are_read_before_the_weights(refused, tmp_path, flag, words):
+    (tmp_path / "huge.ckpt").write_bytes(b"would fail when it is read")
+    (tmp_path / "x.json").write_text("{: [")
+    assert words in refused(CONVERT, tmp_path / "huge.ckpt", tmp_path / "OUT", flag, tmp_path / "x.json")
+
+
 def test_a_configuration_is_used(sources, script, tmp_path):
     unet = "{num_heads: 4, image_size: 12}"
     (tmp_path / "x.yaml").write_text(f"model: {{params: {{scale_factor: 0.5, unet_config: {{params: {unet}}}}}}}")
@@ -176,7 +209,8 @@ CASES = [
     (["ldm", "OUT", "--id2label", "nine.txt"], ["nine.txt has 9 names", "10 classes"]),
     (["dit10", "OUT", "--id2label", "nine.txt"], ["nine.txt has 9 names", "10 classes"]),
     (["ldm", "OUT", "--id_to_label", "x"], ["unknown flag --id_to_label", "--id2label"]),
-    (["ldm", "OUT", "--id2label", "adapter.pt"], ["adapter.pt: no text in UTF-8"]),
+    (["ldm", "OUT", "--id2label", "adapter.pt"], ["adapter.pt: not a text file in UTF-8"]),
+    (["ldm", "OUT", "third"], ["unknown flag third"]),
     (["broken.safetensors", "OUT"], ["broken.safetensors: cannot be read as safetensors"]),
     (["adapter.pt", "OUT"], ["adapter.pt", "another architecture", "body.0.weight", "expected"]),
     (["sd.ckpt", "OUT"], ["another condition than classes (cond_stage_model.transformer.*)"]),

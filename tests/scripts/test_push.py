@@ -10,13 +10,19 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
+import torch
 from hub_server import HubServer, Repository
 from huggingface_hub import HfApi, close_session, constants
 from launching import launch, load_script
+from released_layout import write_ldm
+from safetensors.torch import load, save
 
 from noisycond import hub as room
 from noisycond.cards import class_conditional_card, model_card, public_name
+from noisycond.export import export_pipeline
+from noisycond.pipelines import LDMClassToImagePipeline
 
 
 TOKEN = "hf_loopbackTestTokenThatNobodyMaySee"
@@ -40,7 +46,7 @@ import torch
 from diffusers import DiffusionPipeline
 torch.set_num_threads(1)
 for place in sys.argv[1:]:
-    pipeline = DiffusionPipeline.from_pretrained(place)
+    pipeline = DiffusionPipeline.from_pretrained(place, trust_remote_code="ldm" in place)
     pipeline.set_progress_bar_config(disable=True)
     options = {"generator": torch.manual_seed(5), "num_inference_steps": 2, "output_type": "np"}
     print(type(pipeline).__name__, hashlib.sha256(pipeline([3, 9, 0], **options).images.tobytes()).hexdigest())
@@ -58,7 +64,10 @@ def here(hub, tmp_path, monkeypatch):
     """This process as one that talks to the loopback Hub with the token, which the client learns while imported."""
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    before = constants.ENDPOINT
     monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+    download = constants.HUGGINGFACE_CO_URL_TEMPLATE.removeprefix(before)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + download)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "home/token"))
@@ -79,11 +88,11 @@ def contents(folder: Path) -> dict[str, str]:
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
 
 
-def test_a_push_cut_off_half_way_is_tried_again_and_loads(hub, tiny, tmp_path):
+def test_a_push_cut_off_half_way_is_tried_again_and_loads(hub, here, tiny, tmp_path):
     hub.cut_upload = 2
     words = [*tiny, *FLAGS, "--hub_private_repo", "--train_batch_size", "4", "--corruption_ratio", "0.25"]
-    here = environment(hub, tmp_path / "home", HF_TOKEN=TOKEN)
-    done = launch("train_class_cond", *words, processes=2, env=here)
+    user = environment(hub, tmp_path / "home", HF_TOKEN=TOKEN)
+    done = launch("train_class_cond", *words, processes=2, env=user)
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert done.returncode != 0 and len(errors) == 1, done.stderr[-3000:]
     assert "someone/digits" in errors[0] and "Error" in errors[0] and "is complete" in errors[0]
@@ -98,7 +107,7 @@ def test_a_push_cut_off_half_way_is_tried_again_and_loads(hub, tiny, tmp_path):
 
     hub.cut_upload, puts = None, hub.count("PUT")
     command = errors[0].split("with: ")[1]
-    again = subprocess.run(shlex.split(command), capture_output=True, text=True, cwd=tmp_path, env=here)
+    again = subprocess.run(shlex.split(command), capture_output=True, text=True, cwd=tmp_path, env=user)
     assert again.returncode == 0, again.stderr
     assert hub.count("PUT") == puts + 1  # what had arrived is not sent again
     remote = hub.repositories["someone/digits"]
@@ -121,15 +130,64 @@ def test_a_push_cut_off_half_way_is_tried_again_and_loads(hub, tiny, tmp_path):
     assert str(tmp_path) not in card
 
     stranger = environment(hub, tmp_path / "other_home", HF_TOKEN=TOKEN, PYTHONPATH="")
-    command = [sys.executable, "-c", STRANGER, "someone/digits", str(folder)]
+    ldm = push_ldm(tmp_path / "ldm")
+    command = [sys.executable, "-c", STRANGER, "someone/digits", str(folder), "someone/ldm", str(ldm)]
     loaded = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=stranger)
     assert loaded.returncode == 0, loaded.stderr
-    from_hub, from_folder = loaded.stdout.splitlines()
+    from_hub, from_folder, ldm_from_hub, ldm_from_folder = loaded.stdout.splitlines()
     assert from_hub == from_folder and from_hub.startswith("DiTPipeline ")
+    assert ldm_from_hub == ldm_from_folder and ldm_from_hub.startswith("LDMClassToImagePipeline ")
 
     for text in (done.stdout, done.stderr, again.stdout, again.stderr, hub.received.decode("latin-1")):
         assert TOKEN not in text
     assert TOKEN.encode() not in b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
+
+
+def push_ldm(folder: Path) -> Path:
+    """A small LDM with weights of its own, exported and pushed as someone/ldm; returns the export."""
+    pipeline = LDMClassToImagePipeline.from_pretrained(write_ldm(folder / "source"))
+    export_pipeline(pipeline, folder / "export", [f"class {label}" for label in range(10)])
+    room.push(folder / "export", "someone/ldm", private=False)
+    return folder / "export"
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_of_an_ldm_on_the_hub_one_set_of_weights_is_fetched(here, tmp_path, monkeypatch):
+    folder = push_ldm(tmp_path)
+    files = here.repositories["someone/ldm"].files
+    assert {"ldm_class_to_image.py", "class_embedder/ldm_class_to_image.py"} <= files.keys()
+    stem = "diffusion_pytorch_model"
+    for name in ("unet", "vqvae", "class_embedder"):
+        weights = files[f"{name}/{stem}.safetensors"]
+        files[f"{name}/{stem}.fp16.safetensors"] = weights if name != "unet" else _halved(weights)
+        files |= {f"{name}/{stem}.bin": b"no pickle", f"{name}/{stem}.fp16.bin": b"no pickle"}
+
+    def draw(place, **options):
+        pipeline = LDMClassToImagePipeline.from_pretrained(place, **options)
+        pipeline.set_progress_bar_config(disable=True)
+        options = {"generator": torch.manual_seed(5), "num_inference_steps": 2, "output_type": "np"}
+        return pipeline([3, 9, 0], **options).images
+
+    def fetched() -> set[str]:
+        found = (re.fullmatch(r"GET .*/resolve/.*/(.*\.(safetensors|bin))", line) for line in here.requests)
+        return {line[1] for line in found if line}
+
+    cache = {"cache_dir": tmp_path / "cache"}
+    wanted = draw(folder)
+    assert np.array_equal(draw("someone/ldm", **cache), wanted)
+    assert fetched() == {f"{stem}.safetensors"}
+    requests = len(here.requests)
+    assert np.array_equal(draw("someone/ldm", local_files_only=True, **cache), wanted)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert np.array_equal(draw("someone/ldm", **cache), wanted) and len(here.requests) == requests
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    here.requests.clear()
+    assert not np.array_equal(draw("someone/ldm", variant="fp16", cache_dir=tmp_path / "another"), wanted)
+    assert fetched() == {f"{stem}.fp16.safetensors"}
+
+
+def _halved(weights: bytes) -> bytes:
+    return save({name: tensor / 2 for name, tensor in load(weights).items()})
 
 
 def test_a_finished_run_is_resumed_to_push_it(here, script, tiny, tmp_path, capsys):

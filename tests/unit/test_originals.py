@@ -289,13 +289,33 @@ class Callback:
         return (explode, ())
 
 
+class AttributeDict(dict):
+    """Stands for the dict of Lightning's hyperparameters."""
+
+    __getattr__ = dict.__getitem__
+
+
+class Names(list):
+    pass
+
+
+def with_attribute(thing):
+    thing.__dict__["note"] = torch.ones(1)
+    return thing
+
+
 def test_objects_of_other_libraries_are_not_run(tmp_path):
     """Callbacks as keys, settings as objects: as Lightning and argparse leave them."""
     content = {
         "state_dict": {"a": torch.ones(2)},
         "callbacks": {Callback: {"best": torch.ones(1)}},
         "args": SimpleNamespace(lr=1e-4),
-        "hyper_parameters": {"x": Callback(), "best": np.float64(0.5)},
+        "hyper_parameters": AttributeDict(
+            x=Callback(), best=np.float64(0.5), deeper=AttributeDict(names=Names([1, 2]))
+        ),
+        "others": [with_attribute(AttributeDict()), Names(), Names([3]), collections.defaultdict(Callback, a=1)],
+        "queue": collections.deque([1], maxlen=3),
+        "parts": {Callback, AttributeDict},
     }
     path = save(content, tmp_path)
     with pytest.raises(pickle.UnpicklingError):
@@ -312,7 +332,7 @@ class Evil:
 
 
 @pytest.mark.parametrize(
-    "content", [b"no checkpoint", pickle.dumps({"a": 1}), Evil(), {"deep": collections.deque([1])}]
+    "content", [b"no checkpoint", pickle.dumps({"a": 1}), Evil(), {"deep": with_attribute(Names([1]))}]
 )
 def test_what_cannot_be_read_safely_is_refused(content, tmp_path):
     path = tmp_path / "x.ckpt"
@@ -321,7 +341,8 @@ def test_what_cannot_be_read_safely_is_refused(content, tmp_path):
     else:
         torch.save({"state_dict": {"a": torch.ones(1)}, "x": content}, path)
     with pytest.raises(
-        InputError, match=f"{path}: (cannot be read as weights alone.*weights_only=False|holds no weights)"
+        InputError,
+        match=f"{path}: (cannot be read as weights alone.*only if you trust.*weights_only=False|holds no weights)",
     ):
         read_weights(path)
 
