@@ -121,12 +121,14 @@ class Bench:
         pairs = [(self.timed(lambda: next(bare)), self.timed(lambda: next(loop))) for _ in range(self.options.steps)]
         return pairs[WARM_UP:]
 
-    def fit(self, gamma: float = 1.0, cached: bool = True) -> list[Pair]:
+    def fit(self, gamma: float = 1.0, cached: bool = True, **flags) -> list[Pair]:
         """Steps of `fit`, from one call of its loss to the next, each after one of the plain bare loop."""
         options, bare = self.options, self.bare_ours()
         pairs, since = [], None
         with tempfile.TemporaryDirectory() as folder:
-            args = parse_arguments(script.ClassCondArguments, self._flags(folder, gamma, cached), "digits_dit_mini")
+            args = parse_arguments(
+                script.ClassCondArguments, self._flags(folder, gamma, cached, flags), "digits_dit_mini"
+            )
             accelerator = hardware.make_accelerator(args)
             first_stage = open_first_stage(args.pretrained_vae_model_name_or_path).to(self.device)
             data = open_training_data(args)
@@ -162,7 +164,7 @@ class Bench:
             accelerator.end_training()
         return pairs[WARM_UP:]
 
-    def _flags(self, folder: str, gamma: float, cached: bool) -> list[str]:
+    def _flags(self, folder: str, gamma: float, cached: bool, others: dict) -> list[str]:
         options = self.options
         flags = {
             "output_dir": folder,
@@ -180,6 +182,7 @@ class Bench:
         if not cached:
             flags |= {"cache_latents": False}
             flags.pop("latent_cache_dir")
+        flags |= others
         return [word for name, value in flags.items() for word in (f"--{name}", str(value))]
 
 
@@ -254,6 +257,9 @@ def main() -> None:
         "bare loop, keyed draws": lambda: bench.beside(bench.bare_ours(keyed=True)),
         "fit, CEP-U": bench.fit,
         "fit, no CEP": lambda: bench.fit(gamma=0.0),
+        "fit, no CEP, average, clipping, log": lambda: bench.fit(
+            0.0, use_ema=False, max_grad_norm=0, logging_steps=999
+        ),
     }
     if not options.synthetic:
         loops["fit, CEP-U, latents not cached"] = lambda: bench.fit(cached=False)

@@ -299,12 +299,16 @@ def make_optimizer(parameters: list[nn.Parameter], args: LoopArguments, num_proc
     factor = args.train_batch_size * args.gradient_accumulation_steps * num_processes if args.scale_lr else 1
     if args.use_8bit_adam:
         from bitsandbytes.optim import AdamW8bit as optimizer_class
+
+        options = {}
     else:
-        optimizer_class = torch.optim.AdamW
+        # On CPU torch goes through the tensors one by one in Python unless told otherwise; the bits are the same.
+        optimizer_class, options = torch.optim.AdamW, {"foreach": True}
     return optimizer_class(
         parameters,
         lr=args.learning_rate * factor,
         betas=(args.adam_beta1, args.adam_beta2),
         weight_decay=args.adam_weight_decay,
         eps=args.adam_epsilon,
+        **options,
     )
