@@ -13,6 +13,7 @@ import torch
 from diffusers import AutoencoderKL, VQModel
 
 from noisycond import randomness
+from noisycond.cards import public_name
 from noisycond.errors import InputError
 from noisycond.randomness import Purpose
 
@@ -161,7 +162,7 @@ def _open(
                 # diffusers would fill in 0.18215, a KL autoencoder's number; LDM uses the latents unscaled.
                 model.register_to_config(scaling_factor=1.0)
             # An export repeats this entry: the name that was given, not where this machine keeps it.
-            model.register_to_config(_name_or_path=str(name_or_path))
+            model.register_to_config(_name_or_path=public_name(str(name_or_path)))
             return FirstStage(model, seed)
         except (OSError, ValueError, KeyError) as error:
             reasons.append(" ".join(str(error).split()))

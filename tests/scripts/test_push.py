@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -22,6 +23,7 @@ from safetensors.torch import load, save
 from noisycond import hub as room
 from noisycond.cards import class_conditional_card, model_card, public_name
 from noisycond.export import export_pipeline
+from noisycond.first_stage import SHIPPED, open_first_stage
 from noisycond.pipelines import LDMClassToImagePipeline
 
 
@@ -344,6 +346,12 @@ def test_the_card_of_a_pipeline_with_its_own_code():
     card = str(model_card("title", {"seed": 0}, ["cat", "dog"], "x.png", pipeline=ItsOwn()))
     assert 'from_pretrained("PATH_OR_ID_OF_THIS_FOLDER", trust_remote_code=True)' in card
     assert "- diffusers:ItsOwn" in card and re.search(r"\| seed \| 0 \|", card)
+
+
+def test_an_exported_first_stage_names_no_folder_of_this_machine(tmp_path):
+    shutil.copytree(SHIPPED / "digits-kl", tmp_path / "mine")
+    assert open_first_stage(str(tmp_path / "mine")).model.config["_name_or_path"] == "mine"
+    assert open_first_stage("digits-kl").model.config["_name_or_path"] == "digits-kl"
 
 
 def test_cards_name_no_folders_of_this_machine(tmp_path, monkeypatch):
