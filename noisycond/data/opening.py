@@ -52,9 +52,7 @@ def open_training_data(args: DataArguments, keep_index: bool = True) -> Training
     return TrainingData(LabelledImages(source, transform), BadImages(args.max_bad_images), facts)
 
 
-def open_batches(
-    args, data: TrainingData, accelerator: Accelerator, first_stage: FirstStage | None = None
-) -> Batches | StreamBatches:
+def open_batches(args, data: TrainingData, accelerator: Accelerator, first_stage: FirstStage | None = None) -> Batches:
     """This process's training batches: of latents where `--cache_latents` was given, of pixels otherwise.
 
     Raises:

@@ -19,7 +19,7 @@ from accelerate.utils import gather_object
 from torch.utils.data import DataLoader, Dataset
 
 from noisycond import randomness
-from noisycond.data.batches import collate
+from noisycond.data.batches import Batches, collate
 from noisycond.data.images import UNREADABLE, BadImages, Transform
 from noisycond.data.streams import Broken, RawExample, StreamSource, stable_key
 from noisycond.errors import InputError, in_one_line
@@ -247,8 +247,8 @@ class _Chunks:
             skipped = 0
 
 
-class StreamBatches:
-    """The training batches of this process, as [`noisycond.data.batches.Batches`], from a stream. What cannot be read
+class StreamBatches(Batches):
+    """The training batches of this process from a stream. What cannot be read
     is left out and the next example moves up, so every batch is full.
 
     Args:
@@ -271,8 +271,7 @@ class StreamBatches:
         shuffle_buffer_size: int = 1000,
         max_bad_images: int | None = None,
     ):
-        self.dataset, self.batch_size, self.accumulation_steps = dataset, batch_size, accumulation_steps
-        self.num_processes, self.process_index, self.num_workers = num_processes, process_index, num_workers
+        super().__init__(dataset, batch_size, accumulation_steps, num_processes, process_index, seed, num_workers)
         self.lane = Lane(dataset.source, seed, shuffle_buffer_size, process_index, num_processes)
         self.cursor, self.max_bad_images = Cursor(), max_bad_images
         if self.lane.splits_shards:
@@ -281,11 +280,6 @@ class StreamBatches:
                 len(dataset.source.shards),
                 num_processes,
             )
-
-    @property
-    def global_batch_size(self) -> int:
-        """G, the number of examples in one optimizer step."""
-        return self.batch_size * self.accumulation_steps * self.num_processes
 
     def state(self) -> list[list[int]]:
         """The cursor of every process, after the batches that were handed out. All processes take part."""

@@ -4,8 +4,9 @@ import json
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, DiTTransformer2DModel, UNet2DConditionModel, VQModel
+from diffusers import DDIMScheduler, DiTTransformer2DModel
 from safetensors.torch import load_file, save_file
+from tiny_models import tiny_kl, tiny_unet, tiny_vq
 
 
 OLD_NAMES = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
@@ -45,25 +46,7 @@ def write_ldm(folder: Path, embedder: str = "class_embedder", first_stage: str =
         old: pickled weights, attention under its old names, a configuration with keys of another version.
     """
     torch.manual_seed(0)
-    unet = UNet2DConditionModel(
-        sample_size=8,
-        in_channels=3,
-        out_channels=3,
-        block_out_channels=(8, 16),
-        layers_per_block=1,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=12,
-        attention_head_dim=2,
-        norm_num_groups=4,
-    )
-    vqvae = VQModel(
-        block_out_channels=(8, 8),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        norm_num_groups=4,
-        num_vq_embeddings=16,
-    )
+    unet, vqvae = tiny_unet(), tiny_vq()
     unet.save_pretrained(folder / "unet")
     vqvae.save_pretrained(folder / first_stage)
     change_json(folder / first_stage / "config.json", scaling_factor=None)
@@ -110,13 +93,7 @@ def write_dit(folder: Path, classes: int = 1000, clip_sample: bool = True, first
         "transformer": ["diffusers", "Transformer2DModel"],
         "vae": ["diffusers", "AutoencoderKL"],
     }
-    vae = AutoencoderKL(
-        block_out_channels=(8, 8),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        norm_num_groups=4,
-        latent_channels=4,
-    )
+    vae = tiny_kl(latent_channels=4)
     if first_stage:
         vae.save_pretrained(folder / "vae")
     DDIMScheduler(clip_sample=clip_sample).save_pretrained(folder / "scheduler")

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline, DiTPipeline
+from tiny_models import UNET_CONFIG
 
 from noisycond.denoisers import build_denoiser, find_denoiser
 from noisycond.export import class_pipeline, export_pipeline, sampling_scheduler
@@ -44,15 +45,7 @@ print(json.dumps(found))
 
 CONFIGS = {
     "dit": {"num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 16},
-    "ldm": {
-        "_class_name": "UNet2DConditionModel",
-        "block_out_channels": [16, 32],
-        "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
-        "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
-        "layers_per_block": 1,
-        "cross_attention_dim": 24,
-        "norm_num_groups": 8,
-    },
+    "ldm": UNET_CONFIG,
 }
 
 

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 from accelerate import cpu_offload
-from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel, VQModel
+from diffusers import DDIMScheduler
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+from tiny_models import tiny_kl, tiny_unet, tiny_vq
 
 from noisycond.pipelines import ClassEmbedder, LDMClassToImagePipeline
 
@@ -21,26 +22,7 @@ BETAS = {"beta_schedule": "scaled_linear", "beta_start": 0.0015, "beta_end": 0.0
 def make(vqvae: bool = True, **options) -> LDMClassToImagePipeline:
     """A tiny pipeline with weights far from the start: latents 3×8×8, images 16×16, 10 classes."""
     torch.manual_seed(0)
-    unet = UNet2DConditionModel(
-        sample_size=8,
-        in_channels=3,
-        out_channels=3,
-        block_out_channels=(8, 16),
-        layers_per_block=1,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=12,
-        attention_head_dim=2,
-        norm_num_groups=4,
-    ).eval()
-    first_stage = VQModel(
-        block_out_channels=(8, 8),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        norm_num_groups=4,
-        num_vq_embeddings=16,
-        scaling_factor=1.5,
-    ).eval()
+    unet, first_stage = tiny_unet().eval(), tiny_vq(scaling_factor=1.5).eval()
     scheduler = DDIMScheduler(**BETAS, clip_sample=False)
     embedder = ClassEmbedder(10, 12).eval()
     pipeline = LDMClassToImagePipeline(unet, embedder, scheduler, first_stage if vqvae else None, **options)
@@ -301,13 +283,7 @@ def test_without_a_first_stage(tmp_path):
 
 
 def test_a_kl_first_stage(pipeline):
-    first_stage = AutoencoderKL(
-        block_out_channels=(8, 8),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        norm_num_groups=4,
-        latent_channels=3,
-    ).eval()
+    first_stage = tiny_kl(latent_channels=3).eval()
     other = LDMClassToImagePipeline(pipeline.unet, pipeline.class_embedder, pipeline.scheduler, first_stage)
     other.set_progress_bar_config(disable=True)
     assert draw(other).shape == (3, 16, 16, 3)

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from tiny_models import UNET_CONFIG
 
 
 @pytest.fixture(scope="session")
@@ -18,16 +19,7 @@ def tiny_denoiser(tmp_path_factory) -> str:
 def tiny_unet(tmp_path_factory) -> str:
     """A U-Net configuration far smaller than the miniature."""
     path = tmp_path_factory.mktemp("config") / "unet.json"
-    config = {
-        "_class_name": "UNet2DConditionModel",
-        "block_out_channels": [16, 32],
-        "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
-        "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
-        "layers_per_block": 1,
-        "cross_attention_dim": 24,
-        "norm_num_groups": 8,
-    }
-    path.write_text(json.dumps(config))
+    path.write_text(json.dumps(UNET_CONFIG))
     return str(path)
 
 
