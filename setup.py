@@ -27,6 +27,7 @@ INSTALL_REQUIRES = [
     "psutil>=5.9",
     "pyyaml>=6.0",
     "tensorboard>=2.18",
+    "torch-fidelity>=0.4.0",
     "tqdm>=4.66",
     "webdataset>=1.0",
 ]
@@ -34,7 +35,7 @@ EXTRAS = {
     "xformers": ["xformers"],
     "8bit": ["bitsandbytes"],
     "deepspeed": ["deepspeed>=0.18"],
-    "dev": ["pytest>=8.0", "ruff>=0.14", "scipy>=1.14"],
+    "dev": ["pytest>=8.0", "ruff>=0.14", "scipy>=1.14", "prdc>=0.2", "top-pr>=0.2.1"],
 }
 
 setup(

@@ -1,0 +1,1 @@
+"""Metrics of generated images: features once, then fidelity, diversity, memorization and agreement with the condition."""
