@@ -1,1 +1,1 @@
-"""Metrics of generated images: features once, then fidelity, diversity, memorization and agreement with a condition."""
+"""Metrics of generated images: features once, then fidelity, diversity, memorization and agreement with labels."""
