@@ -405,6 +405,34 @@ class LoopArguments(Arguments):
 
 
 @dataclass
+class SamplingArguments(Arguments):
+    """How images are drawn from a pipeline."""
+
+    num_images: int = flag(1000, "Number of images.")
+    batch_size: int = flag(50, "Images per chunk; the bits of an image depend on it, not on the number of processes.")
+    class_sampling: Literal["balanced", "random"] = flag(
+        "balanced", "`balanced`: the classes in turn. `random`: drawn uniformly."
+    )
+    num_inference_steps: int = flag(50, "Sampling steps.")
+    scheduler: str | None = flag(
+        None, "Another scheduler of diffusers, by class name, e.g. DPMSolverMultistepScheduler."
+    )
+    image_format: Literal["png", "jpg", "webp"] = flag("png", "File format; metrics want png, which loses nothing.")
+    torch_dtype: Literal["float32", "float16", "bfloat16"] = flag("float32", "Precision of the pipeline's weights.")
+    trust_remote_code: bool = flag(
+        False, "Allow a pipeline that brings code of others; our own classes are opened without it."
+    )
+    cpu_threads_per_process: int | None = flag(None, "Threads on CPU; by default the cores are shared.")
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("num_images", "batch_size", "num_inference_steps"):
+            require(getattr(self, name) > 0, f"--{name} is {getattr(self, name)}, but it must be positive.")
+        threads = self.cpu_threads_per_process
+        require(threads is None or threads > 0, f"--cpu_threads_per_process is {threads}, but it must be positive.")
+
+
+@dataclass
 class HubArguments(Arguments):
     push_to_hub: bool = flag(False, "Push what was trained to the Hugging Face Hub when it is complete here.")
     hub_model_id: str | None = flag(

@@ -11,7 +11,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, InitProcessGroupKwargs, ProjectConfiguration, set_seed
 
-from noisycond.arguments import LoopArguments
+from noisycond.arguments import LoopArguments, SamplingArguments
 from noisycond.errors import InputError, require
 from noisycond.sharding import Layout
 
@@ -50,6 +50,15 @@ def make_accelerator(args: LoopArguments) -> Accelerator:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.allow_tf32
     set_seed(args.seed)
     set_up_logging(accelerator)
+    return accelerator
+
+
+def make_sampling_accelerator(args: SamplingArguments) -> Accelerator:
+    """The accelerator of a script that draws or measures images, with messages and, on CPU, threads set up."""
+    accelerator = Accelerator(cpu=no_accelerator())
+    set_up_logging(accelerator)
+    if accelerator.device.type == "cpu":
+        set_threads(args.cpu_threads_per_process)
     return accelerator
 
 

@@ -122,13 +122,21 @@ def number_of_classes(pipeline: DiffusionPipeline, name_or_path: str) -> int:
     Raises:
         InputError: a pipeline that is neither built on a DiT nor on a class embedder tells neither.
     """
-    names = DiffusionPipeline.load_config(name_or_path).get("id2label")
-    if isinstance(names, dict):
+    names = class_names(name_or_path)
+    if names is not None:
         return len(names)
     known = known_classes(pipeline)
     if known is None:
         raise InputError(f"--pipeline {name_or_path}: it has no id2label, so its number of classes is not known.")
     return known
+
+
+def class_names(name_or_path: str) -> list[str] | None:
+    """The names in a folder's or Hub id's `id2label`, in the order of the labels; None where it has none."""
+    names = DiffusionPipeline.load_config(name_or_path).get("id2label")
+    if not isinstance(names, dict):
+        return None
+    return [str(names[label]) for label in sorted(names, key=int)]
 
 
 def known_classes(pipeline: DiffusionPipeline) -> int | None:

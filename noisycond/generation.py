@@ -1,0 +1,164 @@
+"""A folder of images drawn from a pipeline: on any number of processes, resumable, the same bits every time.
+
+generation.json   the settings and a hash of the weights
+NNNNNN.png        the images, by number
+metadata.jsonl    file name and label of each, written when all are there
+"""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from diffusers import DiffusionPipeline
+from PIL import Image
+from tqdm import tqdm
+
+from noisycond import sampling
+from noisycond.arguments import SamplingArguments
+from noisycond.errors import InputError, require, writing
+from noisycond.processes import on_all, on_main
+from noisycond.run_folder import differences, write_atomically
+
+
+@dataclass(frozen=True)
+class ImageSettings:
+    """What decides every bit of a set of images beside the pipeline; see [`SamplingArguments`]."""
+
+    num_images: int
+    batch_size: int
+    class_sampling: str
+    guidance_scale: float
+    num_inference_steps: int
+    scheduler: str | None
+    image_format: str
+    seed: int
+    torch_dtype: str
+
+    @classmethod
+    def of(cls, args: SamplingArguments, guidance_scale: float, seed: int) -> "ImageSettings":
+        """The settings of one set of images among those that the arguments ask for."""
+        shared = {name: getattr(args, name) for name in cls.__dataclass_fields__ if hasattr(args, name)}
+        return cls(**shared | {"guidance_scale": guidance_scale, "seed": seed})
+
+    def labels(self, num_classes: int) -> torch.LongTensor:
+        """The class of each image, int64 [N]."""
+        if self.class_sampling == "balanced":
+            return sampling.balanced_labels(self.num_images, num_classes)
+        return sampling.random_labels(self.num_images, num_classes, self.seed)
+
+    def chunks(self) -> list[range]:
+        """The numbers of the images, by batch. What shares a batch does not depend on the number of processes."""
+        starts = range(0, self.num_images, self.batch_size)
+        return [range(first, min(first + self.batch_size, self.num_images)) for first in starts]
+
+
+@dataclass
+class OpenPipeline:
+    """A pipeline to draw from.
+
+    Attributes:
+        name: as the user named it. weights: a hash of weights and scheduler. num_classes: K.
+        class_names: K names where the folder has them.
+    """
+
+    name: str
+    pipeline: DiffusionPipeline
+    weights: str
+    num_classes: int
+    class_names: list[str] | None
+
+
+def open_for_drawing(name: str, args: SamplingArguments, accelerator: Accelerator) -> OpenPipeline:
+    """Opens a pipeline with the scheduler and the precision that were asked for, on this process's device.
+
+    Raises:
+        InputError: see [`noisycond.sampling.open_pipeline`].
+    """
+    pipeline = sampling.open_pipeline(name, args.trust_remote_code)
+    if args.scheduler is not None:
+        sampling.set_scheduler(pipeline, args.scheduler)
+    pipeline.to(accelerator.device, getattr(torch, args.torch_dtype))
+    num_classes, class_names = sampling.number_of_classes(pipeline, name), sampling.class_names(name)
+    return OpenPipeline(name, pipeline, sampling.fingerprint(pipeline), num_classes, class_names)
+
+
+def draw_images(opened: OpenPipeline, settings: ImageSettings, folder: Path, accelerator: Accelerator) -> int:
+    """Draws the images that the folder lacks, on all processes, and lists them in metadata.jsonl.
+
+    Returns:
+        How many were drawn now.
+
+    Raises:
+        InputError: the folder holds images made otherwise, or cannot be written to.
+    """
+    labels, chunks = settings.labels(opened.num_classes), settings.chunks()
+    on_main(accelerator, lambda: _claim(folder, settings, opened))
+
+    def lacking() -> list[int]:
+        here = {path.name for path in folder.glob(f"*.{settings.image_format}")}
+        return [i for i, chunk in enumerate(chunks) if not all(_file_name(settings, n) in here for n in chunk)]
+
+    missing = on_main(accelerator, lacking)
+    mine = missing[accelerator.process_index :: accelerator.num_processes]
+
+    def draw() -> None:
+        for i in tqdm(mine, desc="generating", unit="batch", disable=not accelerator.is_main_process or not mine):
+            images = sampling.sample(
+                opened.pipeline,
+                labels[chunks[i].start : chunks[i].stop].tolist(),
+                chunks[i],
+                seed=settings.seed,
+                guidance_scale=settings.guidance_scale,
+                num_inference_steps=settings.num_inference_steps,
+            )
+            for number, image in zip(chunks[i], images, strict=True):
+                _save_image(image, folder / _file_name(settings, number))
+
+    on_all(accelerator, draw)
+    rows = (
+        json.dumps({"file_name": _file_name(settings, number), "label": int(label)}) + "\n"
+        for number, label in enumerate(labels)
+    )
+    if accelerator.is_main_process:
+        write_atomically(folder / "metadata.jsonl", "".join(rows))
+    accelerator.wait_for_everyone()
+    return sum(len(chunks[i]) for i in missing)
+
+
+def _claim(folder: Path, settings: ImageSettings, opened: OpenPipeline) -> None:
+    settings_file, now = folder / "generation.json", asdict(settings)
+    if settings_file.exists():
+        try:
+            earlier = json.loads(settings_file.read_text())
+        except ValueError as error:
+            raise InputError(f"{settings_file} is damaged ({error}); name another --output_dir.") from error
+        different = differences(earlier, now, set())
+        if earlier.get("weights") != opened.weights:
+            different.append(f"the pipeline {opened.name} has other weights or another scheduler now")
+        require(not different, f"--output_dir {folder} holds images made with other settings: {'; '.join(different)}.")
+        return
+    require(
+        not folder.exists() or not any(folder.glob(f"*.{settings.image_format}")),
+        f"--output_dir {folder} holds images of something else; name another folder.",
+    )
+    with writing(f"--output_dir {folder}", settings_file.name):
+        folder.mkdir(parents=True, exist_ok=True)
+        about = {"pipeline": opened.name} | now | {"weights": opened.weights, "class_names": opened.class_names}
+        write_atomically(settings_file, json.dumps(about, indent=2, ensure_ascii=False) + "\n")
+
+
+def _file_name(settings: ImageSettings, number: int) -> str:
+    return f"{number:06d}.{settings.image_format}"
+
+
+def _save_image(image: Image.Image, path: Path) -> None:
+    # Beside the name and renamed, so that a file with the name is whole.
+    beside = path.with_name(f".{path.name}.part")
+    try:
+        with writing(f"--output_dir {path.parent}", f"{path.name} (run the same command again to go on)"):
+            image.save(beside, format={"jpg": "JPEG"}.get(path.suffix[1:], path.suffix[1:].upper()))
+            beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
