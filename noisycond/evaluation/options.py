@@ -1,0 +1,94 @@
+"""The flags of an evaluation: what is measured, by which extractor, and every choice that a metric leaves open."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from noisycond.arguments import Arguments, flag
+from noisycond.errors import InputError, closest, require
+from noisycond.evaluation.metrics import METRICS
+
+
+@dataclass
+class MetricArguments(Arguments):
+    """Choices of the metrics; all of them are printed with the results. Where the papers do not tell theirs, the
+    default is said to be ours in docs/metrics.md."""
+
+    feature_extractor: str | None = flag(
+        None,
+        "`digits`, or one of torch-fidelity's: inception-v3-compat, vgg16, dinov2-vit-{s,b,l,g}-14, clip-…; the default "
+        "is `digits` for the reference `digits`, else inception-v3-compat.",
+    )
+    extractor_weights: str | None = flag(None, "A file with the extractor's weights; the default downloads them.")
+    metrics: list[str] = flag([], "Metrics by name; the default is all that the data allow and no download needs.")
+    resolution: int | None = flag(
+        None,
+        "Images are resized so that their shorter side is this long, then cropped square at the centre. The default "
+        "brings reference and training images to the size of the generated ones, which must be of one size.",
+    )
+    image_interpolation_mode: Literal["nearest", "bilinear", "bicubic", "lanczos", "box"] = flag(
+        "lanczos", "How images are resized."
+    )
+    precision_k: int = flag(3, "Neighbours of precision and recall; 3 as Kynkäänniemi et al. and the ADM evaluator.")
+    coverage_k: int = flag(5, "Neighbours of density and coverage; 5 as Naeem et al.")
+    kid_subsets: int = flag(100, "Subsets of KID.")
+    kid_subset_size: int | None = flag(
+        None, "Images per subset of KID; the default is 1000, or as many as there are, where fewer."
+    )
+    inception_score_splits: int = flag(10, "Splits of the inception score.")
+    topp_significance: float = flag(0.1, "α of TopP&R's confidence band.")
+    topp_replicates: int = flag(10, "Bootstrap replicates of TopP&R's confidence band.")
+    rmd_top: float = flag(0.01, "The share of images, those with the largest RMD, that `rmd_top` averages over.")
+    rmd_fit: Literal["reference", "train"] = flag("reference", "Which images the Gaussians of RMD are fitted to.")
+    entropy_estimator: Literal["knn", "gaussian"] = flag(
+        "knn", "`knn`: Kozachenko and Leonenko's. `gaussian`: the entropy of the fitted Gaussian; needs N > D."
+    )
+    memorization_rule: Literal["ratio", "distance"] = flag(
+        "ratio",
+        "An image counts as memorized where its distance to the nearest training image is below the threshold times "
+        "that to the second nearest (`ratio`), or below the threshold (`distance`).",
+    )
+    memorization_threshold: float = flag(1 / 3, "See --memorization_rule; 1/3 as Yoon et al.")
+    clip_model: str = flag("openai/clip-vit-base-patch16", "A CLIP model of transformers for the CLIP score.")
+    clip_prompt: str = flag("a photo of a {}", "The prompt of a class; {} is its name.")
+    lpips_similarity: str | None = flag(
+        None, "`lpips-vgg16`, or `lpips-digits`, which ships; the default is the latter with the extractor `digits`."
+    )
+    lpips_pairs: int = flag(1000, "Pairs of images of one class that LPIPS diversity averages over, in all.")
+    classifier: str | None = flag(
+        None,
+        "The classifier of class agreement: `digits`, or an image classifier of transformers; the default is `digits` "
+        "with that extractor.",
+    )
+    bootstrap: int = flag(0, "Bootstrap replicates for 95 % intervals; 0 computes none.")
+    metric_seed: int = flag(0, "Seed of subsets, projections and bootstrap replicates.")
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in self.metrics:
+            if name not in METRICS:
+                raise InputError(
+                    f"--metrics {name}: there is no such metric{closest(name, METRICS)}; there are {', '.join(METRICS)}."
+                )
+        for name in ("precision_k", "coverage_k", "kid_subsets", "topp_replicates", "lpips_pairs"):
+            require(getattr(self, name) > 0, f"--{name} is {getattr(self, name)}, but it must be positive.")
+        for name in ("resolution", "kid_subset_size"):
+            value = getattr(self, name)
+            require(value is None or value > 1, f"--{name} is {value}, but it must be at least 2.")
+        require(
+            self.inception_score_splits > 0,
+            f"--inception_score_splits is {self.inception_score_splits}, but it must be positive.",
+        )
+        for name in ("topp_significance", "rmd_top"):
+            value = getattr(self, name)
+            require(0.0 < value <= 1.0, f"--{name} is {value}, but it must lie in (0, 1].")
+        require(
+            self.memorization_threshold > 0,
+            f"--memorization_threshold is {self.memorization_threshold}, but it must be positive.",
+        )
+        for name in ("bootstrap", "metric_seed"):
+            require(getattr(self, name) >= 0, f"--{name} is {getattr(self, name)}, but it must not be negative.")
+        require(
+            self.bootstrap == 0 or self.bootstrap >= 20,
+            f"--bootstrap is {self.bootstrap}, but a 95 % interval needs at least 20 replicates.",
+        )
+        require("{}" in self.clip_prompt, f"--clip_prompt is {self.clip_prompt!r}, but must hold {{}} for the class.")
