@@ -15,8 +15,8 @@ class MetricArguments(Arguments):
 
     feature_extractor: str | None = flag(
         None,
-        "`digits`, or one of torch-fidelity's: inception-v3-compat, vgg16, dinov2-vit-{s,b,l,g}-14, clip-…; the default "
-        "is `digits` for the reference `digits`, else inception-v3-compat.",
+        "`digits`, or one of torch-fidelity's: inception-v3-compat, vgg16, dinov2-vit-{s,b,l,g}-14, clip-…; the "
+        "default is `digits` for the reference `digits`, else inception-v3-compat.",
     )
     extractor_weights: str | None = flag(None, "A file with the extractor's weights; the default downloads them.")
     metrics: list[str] = flag([], "Metrics by name; the default is all that the data allow and no download needs.")
@@ -66,9 +66,8 @@ class MetricArguments(Arguments):
         super().__post_init__()
         for name in self.metrics:
             if name not in METRICS:
-                raise InputError(
-                    f"--metrics {name}: there is no such metric{closest(name, METRICS)}; there are {', '.join(METRICS)}."
-                )
+                known = ", ".join(METRICS)
+                raise InputError(f"--metrics {name}: no such metric{closest(name, METRICS)}; there are {known}.")
         for name in ("precision_k", "coverage_k", "kid_subsets", "topp_replicates", "lpips_pairs"):
             require(getattr(self, name) > 0, f"--{name} is {getattr(self, name)}, but it must be positive.")
         for name in ("resolution", "kid_subset_size"):
