@@ -143,8 +143,8 @@ def extract_features(
                 batches = [chunks[i][first : first + batch_size] for first in range(0, len(chunks[i]), batch_size)]
                 for numbers, pixels in read_batches(option, source, resize, size, batches, workers):
                     found = dict(zip(ARRAYS, extract(pixels), strict=True))
-                    _check_finite(option, source, numbers, found["pooled"])
                     for name in shapes:
+                        _check_finite(option, source, numbers, found[name])
                         _write_rows(folder / f"{name}.npy", numbers[0], found[name], shapes[name], len(source))
                     bar.update(len(numbers))
                 with writing(f"--output_dir {folder}", "features"):
@@ -153,7 +153,7 @@ def extract_features(
     on_all(accelerator, work)
     arrays = {name: torch.from_numpy(np.load(folder / f"{name}.npy", mmap_mode="c")) for name in shapes}
     labels = None if source.labels is None else torch.from_numpy(np.asarray(source.labels, dtype=np.int64))
-    return Features(**arrays, labels=labels)
+    return Features(**{"pooled": None} | arrays, labels=labels)
 
 
 def _shapes(extract: Extract, size: tuple[int, int], wanted: Sequence[str]) -> dict[str, int]:
@@ -186,8 +186,8 @@ def _write_rows(path: Path, first: int, rows: torch.Tensor, width: int, count: i
         file.write(data.tobytes())
 
 
-def _check_finite(option: str, source: ImageSource, numbers: Sequence[int], pooled: torch.Tensor) -> None:
-    broken = (~torch.isfinite(pooled).all(dim=1)).nonzero().flatten()
+def _check_finite(option: str, source: ImageSource, numbers: Sequence[int], rows: torch.Tensor) -> None:
+    broken = (~torch.isfinite(rows).all(dim=1)).nonzero().flatten()
     if len(broken):
         image = source.name(numbers[int(broken[0])])
         raise InputError(

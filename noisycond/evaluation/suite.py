@@ -40,8 +40,15 @@ class Reference:
     spatial: Moments | None = None
     class_names: list[str] | None = None
 
+    @classmethod
+    def of(cls, name: str, features: Features, class_names: list[str] | None) -> "Reference":
+        """A reference of images, with the moments of their features."""
+        spatial = None if features.spatial is None else Moments.of(features.spatial)
+        return cls(name, features, Moments.of(features.pooled), spatial, class_names)
+
     @property
     def labels(self) -> torch.Tensor | None:
+        """Of each image, int64 [N], or None."""
         return None if self.features is None else self.features.labels
 
 

@@ -1,0 +1,139 @@
+"""Everything that looks at images: the feature extractor, the classifier, CLIP and the perceptual similarity, opened
+once, before any image is drawn, so that missing weights are known first.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+
+from noisycond.data.sources import ImageSource
+from noisycond.errors import require
+from noisycond.evaluation.agreement import ClipScore, prompts_for
+from noisycond.evaluation.classifiers import Classifier, open_classifier
+from noisycond.evaluation.extraction import extract_features, read_batches, size_of
+from noisycond.evaluation.extractors import Extractor, open_extractor, open_similarity
+from noisycond.evaluation.features import Features
+from noisycond.evaluation.images import Resize
+from noisycond.evaluation.options import MetricArguments
+from noisycond.evaluation.suite import Evidence, Reference, families_of, match_labels
+
+
+@dataclass
+class Instruments:
+    """What the asked-for metrics look through; None where none of them needs it."""
+
+    extractor: Extractor
+    classifier: Classifier | None = None
+    clip: ClipScore | None = None
+    similarity: torch.nn.Module | None = None
+
+    @classmethod
+    def open(cls, options: MetricArguments, embedded: bool, device: torch.device) -> "Instruments":
+        """Opens what the options name.
+
+        Args:
+            embedded: whether the images are digits, whose extractor, classifier and similarity ship.
+
+        Raises:
+            InputError: weights are missing, or a name is unknown.
+        """
+        families = families_of(options.metrics)
+        name = options.feature_extractor or ("digits" if embedded else "inception-v3-compat")
+        ships = name == "digits"
+        extractor = open_extractor(name, options.extractor_weights, device)
+        classifier_name = options.classifier or ("digits" if ships else None)
+        similarity_name = options.lpips_similarity or ("lpips-digits" if ships else None)
+        asked = "lpips" in families and similarity_name is not None
+        return cls(
+            extractor,
+            open_classifier(classifier_name, device) if "class_agreement" in families and classifier_name else None,
+            ClipScore(options.clip_model, device=device) if "clip_score" in options.metrics else None,
+            open_similarity(similarity_name, device) if asked else None,
+        )
+
+    def settings(self) -> dict:
+        """The choices, as JSON values, for what is printed with the results."""
+        chosen = {"extractor": self.extractor.settings()}
+        if self.classifier is not None:
+            chosen["classifier"] = self.classifier.settings()
+        if self.clip is not None:
+            chosen["clip"] = self.clip.settings()
+        if self.similarity is not None:
+            chosen["lpips_similarity"] = self.similarity.get_name()
+        return chosen
+
+
+@dataclass
+class Extraction:
+    """How sets of images are turned into evidence: the instruments, the resize, and where features are kept."""
+
+    instruments: Instruments
+    options: MetricArguments
+    resize: Resize
+    folder: Path
+    accelerator: Accelerator
+    batch_size: int = 50
+    workers: int = 0
+
+    def features(self, option: str, source: ImageSource) -> Features:
+        """The extractor's features of all images of a set."""
+        families = families_of(self.options.metrics)
+        wanted = ["pooled"]
+        wanted += ["logits"] if "inception_score" in families else []
+        wanted += ["spatial"] if "sfid" in families else []
+        extractor = self.instruments.extractor
+        return self._extract(option, source, extractor, extractor.settings(), wanted)
+
+    def reference(self, option: str, name: str, source: ImageSource) -> Reference:
+        """Real images as a reference."""
+        return Reference.of(name, self.features(option, source), source.class_names)
+
+    def evidence(self, option: str, source: ImageSource) -> Evidence:
+        """What the metrics of a set of generated images are computed from, but for the reference."""
+        features, instruments = self.features(option, source), self.instruments
+        evidence = Evidence(features, source.class_names, similarity=instruments.similarity)
+        evidence.device = self.accelerator.device
+        labels, classifier = features.labels, instruments.classifier
+        if classifier is not None and labels is not None:
+            settings = {"classifier": classifier.settings()}
+            evidence.class_logits = self._extract(option, source, classifier, settings, ["logits"]).logits
+            evidence.class_targets = match_labels(
+                labels, source.class_names, classifier.class_names, f"--classifier {classifier.name}"
+            )
+        if instruments.clip is not None and labels is not None and source.class_names is not None:
+            embeddings = self._extract(
+                option, source, instruments.clip.extract, {"clip": instruments.clip.settings()}, ["pooled"]
+            ).pooled
+            prompts = prompts_for(source.class_names, range(len(source.class_names)), self.options.clip_prompt)
+            evidence.clip_scores = instruments.clip.compare(embeddings, instruments.clip.embed_text(prompts)[labels])
+        if instruments.similarity is not None:
+            size = size_of(option, source, self.resize)
+            evidence.pixels = lambda numbers: next(read_batches(option, source, self.resize, size, [numbers]))[1]
+        return evidence
+
+    def _extract(self, option: str, source: ImageSource, extract, settings: dict, wanted: Sequence[str]) -> Features:
+        return extract_features(
+            option,
+            source,
+            extract,
+            settings,
+            self.resize,
+            self.folder,
+            self.accelerator,
+            wanted=wanted,
+            batch_size=self.batch_size,
+            workers=self.workers,
+        )
+
+
+def check_size(option: str, source: ImageSource, resolution: int) -> None:
+    """Raises InputError where the images of a set are not squares of this side."""
+    width, height = size_of(option, source, Resize())
+    require(
+        width == height == resolution,
+        f"{option}: the images have {width}×{height} pixels, but {resolution}×{resolution} are compared; bring all to "
+        f"one size with --resolution {min(width, height, resolution)}.",
+    )
