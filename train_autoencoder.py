@@ -18,7 +18,7 @@ try:
     from diffusers import AutoencoderKL, VQModel
     from torch import nn
 
-    from noisycond import dry_run, hardware, hub, pictures, randomness, trainer
+    from noisycond import checkpoints, dry_run, hardware, hub, pictures, randomness, trainer
     from noisycond.arguments import DataArguments, HubArguments, LoopArguments, flag, parse_arguments
     from noisycond.cards import first_stage_card, public_name
     from noisycond.data.opening import open_batches, open_training_data
@@ -175,7 +175,7 @@ def main(argv: list[str] | None = None) -> None:
     model = Reconstruction(build_autoencoder(args), args.kl_weight, args.seed)
     batches = open_batches(args, data, accelerator)
     facts = data.facts | trainer.facts(args, batches) | {"mixed_precision": hardware.precision_of(args)}
-    on_main(accelerator, lambda: trainer.check_space(args, model))
+    on_main(accelerator, lambda: checkpoints.check_space(args, model))
     resume_from = claim(run, args, facts, Path(__file__).name, accelerator)
     trainer.announce(args, accelerator, data.images, model, batches)
 

@@ -16,7 +16,7 @@ from pathlib import Path
 try:
     import torch
 
-    from noisycond import LabelCorruption, dry_run, hardware, hub, pictures, randomness, sampling, trainer
+    from noisycond import LabelCorruption, checkpoints, dry_run, hardware, hub, pictures, randomness, sampling, trainer
     from noisycond.arguments import (
         CorruptionArguments,
         FirstStageArguments,
@@ -246,7 +246,7 @@ def main(argv: list[str] | None = None) -> None:
     first_stage.to(accelerator.device)
     batches = open_batches(args, data, accelerator, first_stage)
     facts |= trainer.facts(args, batches)
-    on_main(accelerator, lambda: trainer.check_space(args, denoiser))
+    on_main(accelerator, lambda: checkpoints.check_space(args, denoiser))
     resume_from = claim(run, args, facts, Path(__file__).name, accelerator)  # from here on the folder is this run's
     if args.save_corruption_map:
         on_main(accelerator, lambda: save_corruption_map(corruption, data.source, run.path / "corruption_map.csv"))

@@ -11,8 +11,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from accelerate import Accelerator
+from torch import nn
 
-from noisycond.errors import InputError, writing
+from noisycond.arguments import LoopArguments
+from noisycond.errors import InputError, require, writing
 from noisycond.processes import on_all, on_main
 
 
@@ -30,6 +32,21 @@ def step_of(path: Path) -> int:
 def all_in(output_dir: Path) -> list[Path]:
     """The checkpoints in a folder, oldest first, whole or not."""
     return sorted((path for path in output_dir.glob("checkpoint-*") if step_of(path) >= 0), key=step_of)
+
+
+def check_space(args: LoopArguments, denoiser: nn.Module) -> None:
+    """Raises InputError where the disk cannot hold one checkpoint (weights, average, optimizer) and one export."""
+    folder = Path(args.output_dir).absolute()
+    while not folder.exists():
+        folder = folder.parent
+    copies = 2 + args.use_ema + (0.5 if args.use_8bit_adam else 2)
+    needed = copies * sum(4 * parameter.numel() for parameter in denoiser.parameters())
+    free = shutil.disk_usage(folder).free
+    require(
+        needed <= free,
+        f"--output_dir {args.output_dir}: no space left: a checkpoint and the exported pipeline take about "
+        f"{needed / 1e9:.2f} GB and {free / 1e9:.2f} GB are free.",
+    )
 
 
 def save(

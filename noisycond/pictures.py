@@ -18,6 +18,29 @@ def image_grid(images: Sequence[Image.Image], columns: int, gap: int = 2, scale:
     return grid
 
 
+def plot_over_steps(rows: Sequence[dict], path: Path) -> None:
+    """A panel per metric over training steps, to a PNG.
+
+    Args:
+        rows: evaluated rows with `step` and the metrics by what a panel's title says.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    names = [name for name in rows[0] if name != "step"]
+    figure, panels = plt.subplots(1, len(names), figsize=(3.2 * len(names), 3), squeeze=False)
+    for name, axes in zip(names, panels[0], strict=True):
+        shown = [row for row in rows if row.get(name) is not None]
+        axes.plot([row["step"] for row in shown], [row[name] for row in shown], marker=".")
+        axes.set(title=name, xlabel="optimizer step")
+        axes.grid(alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
 def plot_loss(rows: Sequence[dict], path: Path) -> None:
     """The loss over steps, as it is and averaged over a window of a twentieth of the run, to a PNG.
 

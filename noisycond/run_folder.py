@@ -2,6 +2,7 @@
 
 run.json            arguments, facts of the data, package versions
 log.jsonl           one line per logged step
+evaluation.jsonl    one line per evaluation
 checkpoint-<step>/  see checkpoints.py
 samples/, loss.png  pictures
 """
@@ -44,6 +45,13 @@ MAY_CHANGE = {
     "validation_guidance_scale",
     "validation_inference_steps",
     "validation_images_per_class",
+    "eval_steps",
+    "eval_num_images",
+    "eval_metrics",
+    "eval_reference",
+    "eval_reference_split",
+    "eval_feature_extractor",
+    "eval_extractor_weights",
     "dataloader_num_workers",
     "cpu_threads_per_process",
     "cache_dir",
@@ -74,6 +82,8 @@ MAY_CHANGE = {
 OWNED = (
     "run.json",
     "log.jsonl",
+    "evaluation.jsonl",
+    "evaluation.png",
     "loss.png",
     "samples",
     "corruption.json",
@@ -105,6 +115,7 @@ class RunFolder:
         self.path = Path(path)
         self.settings_file = self.path / "run.json"
         self.log_file = self.path / "log.jsonl"
+        self.evaluation_file = self.path / "evaluation.jsonl"
         self.samples = self.path / "samples"
 
     def holds_a_run(self) -> bool:
@@ -189,26 +200,38 @@ class RunFolder:
             )
 
     def cut_log(self, step: int) -> None:
-        """Drops the log's lines after this step: what a killed run logged past its last checkpoint comes again."""
-        if not self.log_file.exists():
-            return
-        kept = []
-        for line in self.log_file.read_text().splitlines():
-            try:
-                if json.loads(line)["step"] <= step:
-                    kept.append(line + "\n")
-            except (ValueError, KeyError):  # the line the kill cut in two
+        """Drops the logs' lines after this step: what a killed run logged past its last checkpoint comes again."""
+        for file in (self.log_file, self.evaluation_file):
+            if not file.exists():
                 continue
-        write_atomically(self.log_file, "".join(kept))
+            kept = []
+            for line in file.read_text().splitlines():
+                try:
+                    if json.loads(line)["step"] <= step:
+                        kept.append(line + "\n")
+                except (ValueError, KeyError):  # the line the kill cut in two
+                    continue
+            write_atomically(file, "".join(kept))
 
     def log(self, row: dict) -> None:
         """Appends one line to the log."""
-        with writing(f"--output_dir {self.path}", self.log_file.name), self.log_file.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        self._append(self.log_file, row)
+
+    def log_evaluation(self, row: dict) -> None:
+        """Appends one line to the log of evaluations."""
+        self._append(self.evaluation_file, row)
+
+    def _append(self, file: Path, row: dict) -> None:
+        with writing(f"--output_dir {self.path}", file.name), file.open("a") as opened:
+            opened.write(json.dumps(row) + "\n")
 
     def read_log(self) -> list[dict]:
         """The logged rows, in order of steps."""
-        return [json.loads(line) for line in self.log_file.read_text().splitlines()] if self.log_file.exists() else []
+        return _read_lines(self.log_file)
+
+    def read_evaluations(self) -> list[dict]:
+        """The rows of the evaluations, in order of steps."""
+        return _read_lines(self.evaluation_file)
 
 
 def claim(run: RunFolder, args, facts: dict, script: str, accelerator: Accelerator) -> Path | None:
@@ -260,6 +283,10 @@ def _read_settings(path: Path) -> dict:
             f"{path} is damaged, so the run's settings cannot be compared ({error}); remove it to resume without the "
             "comparison, or start anew with --overwrite_output_dir."
         ) from error
+
+
+def _read_lines(file: Path) -> list[dict]:
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
 def _version(package: str) -> str | None:

@@ -4,8 +4,7 @@ It knows neither prediction type nor architecture; a script hands it a module, b
 """
 
 import logging
-import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +16,6 @@ from noisycond.arguments import LoopArguments
 from noisycond.data.batches import Batches
 from noisycond.data.images import BadImages, LabelledImages
 from noisycond.data.shard_names import public_settings
-from noisycond.errors import require
 from noisycond.processes import on_main
 from noisycond.run_folder import RunFolder
 from noisycond.sharding import Layout
@@ -35,21 +33,6 @@ class FitResult:
     step: int
     stopped_by: str | None
     totals: dict[str, dict]
-
-
-def check_space(args: LoopArguments, denoiser: nn.Module) -> None:
-    """Raises InputError where the disk cannot hold one checkpoint (weights, average, optimizer) and one export."""
-    folder = Path(args.output_dir).absolute()
-    while not folder.exists():
-        folder = folder.parent
-    copies = 2 + args.use_ema + (0.5 if args.use_8bit_adam else 2)
-    needed = copies * sum(4 * parameter.numel() for parameter in denoiser.parameters())
-    free = shutil.disk_usage(folder).free
-    require(
-        needed <= free,
-        f"--output_dir {args.output_dir}: no space left: a checkpoint and the exported pipeline take about "
-        f"{needed / 1e9:.2f} GB and {free / 1e9:.2f} GB are free.",
-    )
 
 
 def steps_to_train(args: LoopArguments, num_examples: int | None, global_batch_size: int) -> int:
@@ -70,6 +53,7 @@ def fit(
     resume_from: Path | None = None,
     tallies: dict[str, Tally] | None = None,
     validate: Callable[[int], None] | None = None,
+    evaluate: Callable[[int], dict[str, float]] | None = None,
 ) -> FitResult:
     """Trains until --max_train_steps, or until a signal asks to stop; the main process's denoiser ends with
     the averaged weights, whole.
@@ -83,7 +67,8 @@ def fit(
         bad_images: counts the unreadable images that batches report.
         resume_from: a verified checkpoint, see [`noisycond.run_folder.claim`].
         tallies: counts that are logged and saved.
-        validate: called on the main process with the step, while the denoiser has the averaged weights.
+        validate: called on the main process with the step every --validation_steps, while the denoiser has the
+            averaged weights. evaluate: likewise every --eval_steps; what it returns is logged.
 
     Raises:
         InputError: too many non-finite losses or unreadable images, or no space left.
@@ -108,9 +93,10 @@ def fit(
             if args.checkpointing_steps and progress.step % args.checkpointing_steps == 0:
                 state.save()
                 saved_at = progress.step
-            due = args.validation_steps and progress.step % args.validation_steps == 0
-            if validate and due and state.stopped_by is None:
-                _validate(state, validate)
+            every = ((validate, args.validation_steps), (evaluate, getattr(args, "eval_steps", 0)))
+            due = [look for look, steps in every if look and steps and progress.step % steps == 0]
+            if due and state.stopped_by is None:
+                _look(state, run, due)
         if saved_at != progress.step:
             state.save()
         totals = state.totals()
@@ -128,13 +114,17 @@ def _log(state: TrainingState, run: RunFolder, row: dict) -> None:
         run.log(row)
 
 
-def _validate(state: TrainingState, validate: Callable[[int], None]) -> None:
-    main = state.accelerator.is_main_process
+def _look(state: TrainingState, run: RunFolder, looks: Sequence[Callable[[int], dict[str, float] | None]]) -> None:
+    main, step = state.accelerator.is_main_process, state.progress.step
     if main or state.sharded:
         with state.averaged_weights():
             if main:
                 state.denoiser.eval()
-                validate(state.progress.step)
+                for look in looks:
+                    found = look(step)
+                    if found:
+                        state.accelerator.log({f"eval_{name}": value for name, value in found.items()}, step=step)
+                        run.log_evaluation({"step": step} | found)
     state.prepared.train()
     state.accelerator.wait_for_everyone()
 

@@ -156,6 +156,30 @@ def extract_features(
     return Features(**{"pooled": None} | arrays, labels=labels)
 
 
+def extract_in_memory(
+    option: str,
+    source: ImageSource,
+    extract: Extract,
+    resize: Resize,
+    wanted: Sequence[str] = ARRAYS,
+    batch_size: int = 50,
+    workers: int = 0,
+) -> Features:
+    """The features of all images of a small set; see [`extract_features`]."""
+    numbers = range(len(source))
+    batches = [numbers[first : first + batch_size] for first in range(0, len(source), batch_size)]
+    parts: dict[str, list[torch.Tensor]] = {name: [] for name in ARRAYS}
+    size = size_of(option, source, resize)
+    for batch, pixels in read_batches(option, source, resize, size, batches, workers):
+        for name, rows in zip(ARRAYS, extract(pixels), strict=True):
+            if name in wanted and rows is not None:
+                _check_finite(option, source, batch, rows)
+                parts[name].append(rows)
+    arrays = {name: torch.cat(rows) if rows else None for name, rows in parts.items()}
+    labels = None if source.labels is None else torch.from_numpy(np.asarray(source.labels, dtype=np.int64))
+    return Features(**arrays, labels=labels)
+
+
 def _shapes(extract: Extract, size: tuple[int, int], wanted: Sequence[str]) -> dict[str, int]:
     found = dict(zip(ARRAYS, extract(torch.zeros(1, 3, size[1], size[0], dtype=torch.uint8)), strict=True))
     return {name: found[name].shape[1] for name in ARRAYS if name in wanted and found[name] is not None}

@@ -13,7 +13,7 @@ from noisycond.data.sources import ImageSource
 from noisycond.errors import require
 from noisycond.evaluation.agreement import ClipScore, prompts_for
 from noisycond.evaluation.classifiers import Classifier, open_classifier
-from noisycond.evaluation.extraction import extract_features, read_batches, size_of
+from noisycond.evaluation.extraction import extract_features, extract_in_memory, read_batches, size_of
 from noisycond.evaluation.extractors import Extractor, open_extractor, open_similarity
 from noisycond.evaluation.features import Features
 from noisycond.evaluation.images import Resize
@@ -54,6 +54,11 @@ class Instruments:
             open_similarity(similarity_name, device) if asked else None,
         )
 
+    @property
+    def classifies_itself(self) -> bool:
+        """Whether the extractor's logits are those of the classifier, so that one pass gives both."""
+        return self.classifier is not None and self.classifier.weights == self.extractor.weights_hash
+
     def settings(self) -> dict:
         """The choices, as JSON values, for what is printed with the results."""
         chosen = {"extractor": self.extractor.settings()}
@@ -68,23 +73,38 @@ class Instruments:
 
 @dataclass
 class Extraction:
-    """How sets of images are turned into evidence: the instruments, the resize, and where features are kept."""
+    """How sets of images are turned into evidence.
+
+    Attributes:
+        device: where distances are computed. folder: where features are kept; None keeps them in memory.
+        accelerator: the processes that share the work; needed with a folder.
+        batch_size: images per pass. workers: processes that read images; 0 reads in this one.
+    """
 
     instruments: Instruments
     options: MetricArguments
     resize: Resize
-    folder: Path
-    accelerator: Accelerator
+    device: torch.device
+    folder: Path | None = None
+    accelerator: Accelerator | None = None
     batch_size: int = 50
     workers: int = 0
 
+    def statistics_settings(self) -> dict:
+        """What statistics of real images must share with the images they are compared with."""
+        return {
+            "extractor": self.instruments.extractor.name,
+            "weights": self.instruments.extractor.weights_hash,
+            "resolution": self.resize.resolution,
+            "interpolation": self.resize.interpolation,
+        }
+
     def features(self, option: str, source: ImageSource) -> Features:
         """The extractor's features of all images of a set."""
-        families = families_of(self.options.metrics)
+        families, extractor = families_of(self.options.metrics), self.instruments.extractor
         wanted = ["pooled"]
-        wanted += ["logits"] if "inception_score" in families else []
+        wanted += ["logits"] if "inception_score" in families or self.instruments.classifies_itself else []
         wanted += ["spatial"] if "sfid" in families else []
-        extractor = self.instruments.extractor
         return self._extract(option, source, extractor, extractor.settings(), wanted)
 
     def reference(self, option: str, name: str, source: ImageSource) -> Reference:
@@ -95,11 +115,15 @@ class Extraction:
         """What the metrics of a set of generated images are computed from, but for the reference."""
         features, instruments = self.features(option, source), self.instruments
         evidence = Evidence(features, source.class_names, similarity=instruments.similarity)
-        evidence.device = self.accelerator.device
+        evidence.device = self.device
         labels, classifier = features.labels, instruments.classifier
         if classifier is not None and labels is not None:
             settings = {"classifier": classifier.settings()}
-            evidence.class_logits = self._extract(option, source, classifier, settings, ["logits"]).logits
+            evidence.class_logits = (
+                features.logits
+                if instruments.classifies_itself
+                else self._extract(option, source, classifier, settings, ["logits"]).logits
+            )
             evidence.class_targets = match_labels(
                 labels, source.class_names, classifier.class_names, f"--classifier {classifier.name}"
             )
@@ -115,6 +139,8 @@ class Extraction:
         return evidence
 
     def _extract(self, option: str, source: ImageSource, extract, settings: dict, wanted: Sequence[str]) -> Features:
+        if self.folder is None:
+            return extract_in_memory(option, source, extract, self.resize, wanted, self.batch_size, self.workers)
         return extract_features(
             option,
             source,

@@ -91,9 +91,6 @@ class Family:
     needs: tuple[str, ...]
     least: Callable[[MetricArguments], int] = lambda options: 2
 
-    def titles(self, name: str) -> str:
-        return ", ".join(metric for metric, about in METRICS.items() if about.family == name)
-
 
 LACKING = {
     "reference": "no --reference was given",
@@ -254,6 +251,22 @@ def families_of(metrics: Sequence[str]) -> list[str]:
     return [family for family in FAMILIES if family in wanted]
 
 
+def check_counts(options: MetricArguments, num_images: int) -> None:
+    """Raises InputError where a metric that was asked for by name needs more generated images; to be called before
+    they are drawn."""
+    for family in families_of(options.metrics) if options.metrics else ():
+        _require_enough(options, family, num_images)
+
+
+def _require_enough(options: MetricArguments, family: str, count: int) -> None:
+    least = FAMILIES[family].least(options)
+    require(count >= least, f"--metrics {_titles(family)}: at least {least} images are needed, but there are {count}.")
+
+
+def _titles(family: str) -> str:
+    return ", ".join(metric for metric, about in METRICS.items() if about.family == family)
+
+
 def compute(evidence: Evidence, options: MetricArguments, family: str) -> dict[str, Estimate]:
     """The metrics of a family.
 
@@ -261,14 +274,12 @@ def compute(evidence: Evidence, options: MetricArguments, family: str) -> dict[s
         InputError: there are too few images for it (says how many it needs), or something that it needs is not there.
     """
     why = lacking(evidence, options, family)
-    titles = FAMILIES[family].titles(family)
-    require(why is None, f"--metrics {titles}: {why}.")
-    least, count = FAMILIES[family].least(options), len(evidence.generated)
-    require(count >= least, f"--metrics {titles}: at least {least} images are needed, but there are {count}.")
+    require(why is None, f"--metrics {_titles(family)}: {why}.")
+    _require_enough(options, family, len(evidence.generated))
     try:
         return FAMILIES[family].compute(evidence, options)
     except InputError as error:
-        raise InputError(f"--metrics {titles}: {error}") from error
+        raise InputError(f"--metrics {_titles(family)}: {error}") from error
 
 
 def match_labels(

@@ -1,0 +1,162 @@
+#!/usr/bin/env python
+"""Measures pipelines, or folders of images, against real images: fidelity, diversity, memorization, class agreement.
+
+accelerate launch evaluate_model.py --pipeline runs/demo --reference digits --num_images 1000 --guidance_scale 1 2 4
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+
+try:
+    from noisycond import hardware
+    from noisycond.arguments import SamplingArguments, flag, parse_arguments
+    from noisycond.errors import one_sentence_errors, require, writing
+    from noisycond.evaluation.drawing import ImageSet, draw_sets, open_sets, parse_subjects
+    from noisycond.evaluation.extraction import size_of
+    from noisycond.evaluation.gallery import draw_figures
+    from noisycond.evaluation.images import Resize
+    from noisycond.evaluation.instruments import Extraction, Instruments, check_size
+    from noisycond.evaluation.metrics import METRICS
+    from noisycond.evaluation.options import MetricArguments
+    from noisycond.evaluation.references import RealImages, open_real
+    from noisycond.evaluation.report import write_report
+    from noisycond.evaluation.rows import choices, measure, update_cards, why_not
+    from noisycond.evaluation.suite import check_counts, needs_train
+    from noisycond.processes import on_main
+except ModuleNotFoundError as error:
+    sys.exit(f"error: {error.name} is not installed; in the checkout, run: pip install -e .")
+
+
+@dataclass
+class EvaluateArguments(SamplingArguments, MetricArguments):
+    pipeline: list[str] = flag(
+        [], "Pipeline folders or Hub ids. LABEL=A,B names one setting trained several times; its spread is shown."
+    )
+    images: list[str] = flag(
+        [],
+        "Instead: folders of images (with metadata.jsonl or a sub-folder per class) or .npz batches; also LABEL=A,B.",
+    )
+    reference: str | None = flag(
+        None,
+        "Real images to compare with: `digits`, a folder, a Hub dataset, a batch or statistics (.npz).",
+    )
+    reference_split: str | None = flag(
+        None, "Of digits or a Hub dataset; the default is `test` of digits and `validation` else."
+    )
+    train_data: str | None = flag(
+        None,
+        "The training images, for memorization, named as --reference; the default with `digits` is their `train`.",
+    )
+    output_dir: str = flag("runs/evaluation", "Where images, features, metrics.json, the table and plots are written.")
+    num_images: int = flag(50_000, "Images per pipeline, guidance scale and seed.")
+    guidance_scale: list[float] = flag([2.25], "Classifier-free guidance scales; 1 is off.")
+    seeds: list[int] = flag([0], "Seeds of noise and random classes; several give a spread.")
+    save_stats: str | None = flag(None, "Write the reference's statistics and features to this .npz, to be reused.")
+    extraction_batch_size: int = flag(50, "Images per batch of the feature extractor.")
+    dataloader_num_workers: int = flag(0, "Processes that read images; 0 reads in the main one.")
+    figures: bool = flag(True, "Draw sample grids, nearest training neighbours and, of pipelines, circular walks.")
+    update_card: bool = flag(False, "Write the results into the model card of each pipeline that is a local folder.")
+
+    def __post_init__(self):
+        super().__post_init__()
+        require(
+            not (self.pipeline and self.images), "--pipeline and --images do not go together: measure them one by one."
+        )
+        require(
+            self.pipeline or self.images or self.save_stats,
+            "--pipeline or --images is needed: what is to be measured (or --save_stats, for the reference alone).",
+        )
+        require(self.reference is not None or not self.save_stats, "--save_stats needs --reference.")
+        for value in self.guidance_scale:
+            require(value >= 1, f"--guidance_scale is {value}, but it must be at least 1 (off).")
+        for value in self.seeds:
+            require(value >= 0, f"--seeds is {value}, but it must not be negative.")
+        for name in ("guidance_scale", "seeds"):
+            values = getattr(self, name)
+            require(values and len(set(values)) == len(values), f"--{name} repeats a value or is empty: {values}.")
+        require(
+            self.extraction_batch_size > 0,
+            f"--extraction_batch_size is {self.extraction_batch_size}, but it must be positive.",
+        )
+        require(self.dataloader_num_workers >= 0, "--dataloader_num_workers must not be negative.")
+        if self.train_data is None and self.reference == "digits":
+            self.train_data = "digits"
+
+
+def choose_resize(args: EvaluateArguments, sets: list[ImageSet], reference: RealImages) -> Resize:
+    """The size that all images are compared at: --resolution, or that of the generated ones."""
+    if args.resolution is None and not sets:
+        require(reference.name == "digits", "--save_stats without --pipeline or --images needs --resolution.")
+        return Resize(32, args.image_interpolation_mode)
+    if args.resolution is None:
+        width = size_of(sets[0].option, sets[0].source, Resize())[0]
+        for image_set in sets:
+            check_size(image_set.option, image_set.source, width)
+        return Resize(width, args.image_interpolation_mode)
+    return Resize(args.resolution, args.image_interpolation_mode)
+
+
+def report(args: EvaluateArguments, sets: list[ImageSet], rows: list[dict], settings: dict) -> None:
+    """Writes metrics.json, the table and the plot, prints the table, and puts results into cards where asked."""
+    metrics = [name for name in METRICS if any(name in row["metrics"] for row in rows)]
+    folder = Path(args.output_dir)
+    with writing(f"--output_dir {folder}", "the report (what was computed is kept; run the same command again)"):
+        print("\n" + write_report(folder, rows, settings, metrics))
+        for name, reason in why_not(rows).items():
+            print(f"{name}: not computed, {reason}.")
+        if args.update_card:
+            update_cards(args, rows)
+    print(f"\nTable: {folder / 'metrics.md'}\nValues and every choice made: {folder / 'metrics.json'}")
+
+
+@one_sentence_errors
+def main(argv: list[str] | None = None) -> None:
+    args = parse_arguments(EvaluateArguments, argv)
+    option = "--pipeline" if args.pipeline else "--images"
+    subjects, folder = parse_subjects(option, args.pipeline or args.images), Path(args.output_dir)
+    accelerator = hardware.make_sampling_accelerator(args)
+
+    # What can be refused is refused before an image is drawn.
+    real = open_real("--reference", args.reference, args.reference_split)
+    train = open_real("--train_data", args.train_data, "train")
+    instruments = Instruments.open(args, args.reference == "digits", accelerator.device)
+    if args.pipeline:
+        check_counts(args, args.num_images)
+        sets = draw_sets(subjects, args, args.guidance_scale, args.seeds, folder / "images", accelerator)
+    else:
+        sets = open_sets(option, subjects, args.reference_split)
+
+    resize = choose_resize(args, sets, real)
+    extraction = Extraction(
+        instruments,
+        args,
+        resize,
+        accelerator.device,
+        folder / "features",
+        accelerator,
+        args.extraction_batch_size,
+        args.dataloader_num_workers,
+    )
+    reference = real.measure(extraction) if real is not None else None
+    known = train.measure(extraction) if train is not None and sets and needs_train(args) else None
+    if args.save_stats:
+        on_main(accelerator, lambda: real.save(Path(args.save_stats), reference, extraction))
+    evidence = [extraction.evidence(image_set.option, image_set.source) for image_set in sets]
+    accelerator.end_training()
+    if not accelerator.is_main_process or not sets:
+        return
+
+    settings = choices(args, extraction, real, train if known is not None else None)
+    rows = []
+    for image_set, seen in zip(sets, evidence, strict=True):
+        seen.reference, seen.train = reference, known
+        rows.append(measure(image_set, seen, args, settings, folder / "computed"))
+    report(args, sets, rows, settings)
+    if args.figures:
+        draw_figures(args, sets, evidence, train, resize, folder)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,102 @@
+"""What is measured: pipelines at guidance scales and seeds, or folders of images, each a set of images on disk."""
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from accelerate import Accelerator
+
+from noisycond.arguments import SamplingArguments
+from noisycond.cards import public_name
+from noisycond.data.sources import ImageSource
+from noisycond.errors import require
+from noisycond.evaluation.images import open_images
+from noisycond.generation import ImageSettings, draw_images, open_for_drawing
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A setting to measure: its label, and the trained runs (or folders of images) it stands for."""
+
+    label: str
+    members: tuple[str, ...]
+
+
+@dataclass
+class ImageSet:
+    """One set of images.
+
+    Attributes:
+        member: the pipeline, or the folder of images, as the user named it. option: the flag that named it.
+        guidance_scale, seed: of a pipeline's images; None of a folder of images.
+    """
+
+    label: str
+    member: str
+    option: str
+    source: ImageSource
+    guidance_scale: float | None = None
+    seed: int | None = None
+
+    def __str__(self) -> str:
+        return self.label if self.guidance_scale is None else f"{self.label}, guidance scale {self.guidance_scale:g}"
+
+
+def parse_subjects(option: str, words: Sequence[str]) -> list[Subject]:
+    """`FOLDER`, or `LABEL=FOLDER,FOLDER` for several runs of one setting.
+
+    Raises:
+        InputError: a label is empty or comes twice.
+    """
+    subjects = []
+    for word in words:
+        label, equals, members = word.partition("=")
+        if not equals or Path(word).exists():
+            label, members = public_name(word), word
+        subjects.append(Subject(label, tuple(name for name in members.split(",") if name)))
+        require(label and subjects[-1].members, f"{option} {word}: expected FOLDER, or LABEL=FOLDER,FOLDER.")
+    twice = [label for label, count in Counter(subject.label for subject in subjects).items() if count > 1]
+    require(
+        not twice,
+        f"{option}: two of them have the label {twice[0] if twice else ''!r}; name one LABEL=FOLDER, or both under "
+        "one label as LABEL=A,B if they are runs of one setting.",
+    )
+    return subjects
+
+
+def open_sets(option: str, subjects: Sequence[Subject], split: str) -> list[ImageSet]:
+    """Folders of images, as they are."""
+    return [
+        ImageSet(subject.label, member, option, open_images(option, member, split))
+        for subject in subjects
+        for member in subject.members
+    ]
+
+
+def draw_sets(
+    subjects: Sequence[Subject],
+    args: SamplingArguments,
+    guidance_scales: Sequence[float],
+    seeds: Sequence[int],
+    folder: Path,
+    accelerator: Accelerator,
+) -> list[ImageSet]:
+    """Draws the images of each pipeline at each guidance scale and seed that the folder lacks.
+
+    Raises:
+        InputError: a pipeline cannot be opened, or the folder holds images of something else.
+    """
+    sets = []
+    for subject in subjects:
+        for number, member in enumerate(subject.members):
+            place = re.sub(r"[^\w.+-]", "_", subject.label) + (f"-{number}" if len(subject.members) > 1 else "")
+            opened = open_for_drawing(member, args, accelerator)
+            for scale in guidance_scales:
+                for seed in seeds:
+                    here = folder / place / f"guidance-{scale:g}-seed-{seed}"
+                    draw_images(opened, ImageSettings.of(args, scale, seed), here, accelerator)
+                    source = open_images("--pipeline", str(here))
+                    sets.append(ImageSet(subject.label, member, "--pipeline", source, scale, seed))
+    return sets
