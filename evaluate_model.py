@@ -13,7 +13,7 @@ try:
     from noisycond import hardware
     from noisycond.arguments import SamplingArguments, flag, parse_arguments
     from noisycond.errors import one_sentence_errors, require, writing
-    from noisycond.evaluation.drawing import ImageSet, draw_sets, open_sets, parse_subjects
+    from noisycond.evaluation.drawing import ImageSet, Subject, draw_sets, open_sets, parse_subjects
     from noisycond.evaluation.extraction import size_of
     from noisycond.evaluation.gallery import draw_figures
     from noisycond.evaluation.images import Resize
@@ -21,9 +21,10 @@ try:
     from noisycond.evaluation.metrics import METRICS
     from noisycond.evaluation.options import MetricArguments
     from noisycond.evaluation.references import RealImages, open_real
-    from noisycond.evaluation.report import write_report
+    from noisycond.evaluation.report import plot_metrics, write_report
     from noisycond.evaluation.rows import choices, measure, update_cards, why_not
     from noisycond.evaluation.suite import check_counts, needs_train
+    from noisycond.evaluation.uncertainty import summarize
     from noisycond.processes import on_main
 except ModuleNotFoundError as error:
     sys.exit(f"error: {error.name} is not installed; in the checkout, run: pip install -e .")
@@ -57,6 +58,7 @@ class EvaluateArguments(SamplingArguments, MetricArguments):
     extraction_batch_size: int = flag(50, "Images per batch of the feature extractor.")
     dataloader_num_workers: int = flag(0, "Processes that read images; 0 reads in the main one.")
     figures: bool = flag(True, "Draw sample grids, nearest training neighbours and, of pipelines, circular walks.")
+    walk_class: int = flag(0, "The class of the circular walk.")
     update_card: bool = flag(False, "Write the results into the model card of each pipeline that is a local folder.")
 
     def __post_init__(self):
@@ -98,7 +100,7 @@ def choose_resize(args: EvaluateArguments, sets: list[ImageSet], reference: Real
     return Resize(args.resolution, args.image_interpolation_mode)
 
 
-def report(args: EvaluateArguments, sets: list[ImageSet], rows: list[dict], settings: dict) -> None:
+def report(args: EvaluateArguments, subjects: list[Subject], rows: list[dict], settings: dict) -> None:
     """Writes metrics.json, the table and the plot, prints the table, and puts results into cards where asked."""
     metrics = [name for name in METRICS if any(name in row["metrics"] for row in rows)]
     folder = Path(args.output_dir)
@@ -106,8 +108,9 @@ def report(args: EvaluateArguments, sets: list[ImageSet], rows: list[dict], sett
         print("\n" + write_report(folder, rows, settings, metrics))
         for name, reason in why_not(rows).items():
             print(f"{name}: not computed, {reason}.")
+        plot_metrics(folder, summarize(rows), metrics)
         if args.update_card:
-            update_cards(args, rows)
+            update_cards([name for subject in subjects for name in subject.members], rows, settings)
     print(f"\nTable: {folder / 'metrics.md'}\nValues and every choice made: {folder / 'metrics.json'}")
 
 
@@ -148,14 +151,14 @@ def main(argv: list[str] | None = None) -> None:
     if not accelerator.is_main_process or not sets:
         return
 
-    settings = choices(args, extraction, real, train if known is not None else None)
+    settings = choices(args, extraction, real, train if known is not None else None, sets)
     rows = []
     for image_set, seen in zip(sets, evidence, strict=True):
         seen.reference, seen.train = reference, known
         rows.append(measure(image_set, seen, args, settings, folder / "computed"))
-    report(args, sets, rows, settings)
+    report(args, subjects, rows, settings)
     if args.figures:
-        draw_figures(args, sets, evidence, train, resize, folder)
+        draw_figures(args, sets, evidence, train, folder, resize)
 
 
 if __name__ == "__main__":

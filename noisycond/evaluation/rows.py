@@ -4,14 +4,18 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import fields
+from importlib import metadata
 from pathlib import Path
 
 from tqdm import tqdm
 
-from noisycond.errors import InputError, writing
+from noisycond.errors import InputError, require, writing
 from noisycond.evaluation.drawing import ImageSet
+from noisycond.evaluation.instruments import Extraction
 from noisycond.evaluation.metrics import METRICS
 from noisycond.evaluation.options import MetricArguments
+from noisycond.evaluation.references import RealImages
+from noisycond.evaluation.report import add_results_to_card, model_index_results
 from noisycond.evaluation.suite import Evidence, compute, families_of, lacking
 from noisycond.evaluation.uncertainty import bootstrap_interval
 from noisycond.run_folder import write_atomically
@@ -83,6 +87,49 @@ def _compute_or_read(
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(path, json.dumps(found) + "\n")
     return found
+
+
+def choices(args, extraction: Extraction, real: RealImages | None, train: RealImages | None, sets) -> dict:
+    """Every choice behind the values, as JSON values: what is printed with them.
+
+    Args:
+        args: the arguments of evaluate_model.py. sets: what was measured.
+    """
+    generated = {"num_images": sorted({len(image_set.source) for image_set in sets})}
+    if args.pipeline:
+        names = ("class_sampling", "scheduler", "num_inference_steps", "batch_size", "image_format", "torch_dtype")
+        generated |= {name: getattr(args, name) for name in names}
+        generated |= {"guidance_scales": args.guidance_scale, "seeds": args.seeds}
+        generated["scheduler"] = args.scheduler or "the pipeline's own"
+    else:
+        endings = {Path(image_set.source.name(0)).suffix[1:].lower() or "array" for image_set in sets}
+        generated["image_format"] = sorted(endings)
+    options = {name: getattr(args, name) for name in sorted(CHOICES)}
+    return {
+        "generated": generated,
+        "reference": None if real is None else real.settings(),
+        "train_data": None if train is None else train.settings(),
+        "resolution": extraction.resize.resolution,
+        "extraction_batch_size": extraction.batch_size,
+        **extraction.instruments.settings(),
+        "options": options,
+        "versions": {name: metadata.version(name) for name in ("noisycond", "torch", "torchvision", "torch-fidelity")},
+    }
+
+
+def update_cards(pipelines: Sequence[str], rows: Sequence[dict], settings: dict) -> None:
+    """Writes each pipeline's results into the model card of its folder, as `model-index`.
+
+    Raises:
+        InputError: a pipeline is not a local folder with a card.
+    """
+    for name in pipelines:
+        require(
+            (Path(name) / "README.md").is_file(),
+            f"--update_card: {name} is no local folder with a model card (README.md).",
+        )
+        results = model_index_results([row for row in rows if row["pipeline"] == name], settings)
+        add_results_to_card(Path(name), results)
 
 
 def why_not(rows: Sequence[dict]) -> dict[str, str]:

@@ -245,6 +245,12 @@ def lacking(evidence: Evidence, options: MetricArguments, family: str) -> str | 
     return next((LACKING[need] for need in FAMILIES[family].needs if not here[need]), None)
 
 
+def needs_train(options: MetricArguments) -> bool:
+    """Whether training images are looked at."""
+    families = families_of(options.metrics)
+    return "memorization" in families or ("difficulty" in families and options.rmd_fit == "train")
+
+
 def families_of(metrics: Sequence[str]) -> list[str]:
     """The families that hold these metrics, in their order of computation; all where no metric is named."""
     wanted = {METRICS[name].family for name in metrics or METRICS}

@@ -1,0 +1,108 @@
+"""The pictures of an evaluation: samples of all runs side by side, memorized samples, circular walks."""
+
+import logging
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from accelerate import Accelerator
+
+from noisycond.errors import require
+from noisycond.evaluation.drawing import ImageSet
+from noisycond.evaluation.figures import circular_walk, nearest_neighbours, save_walk, side_by_side
+from noisycond.evaluation.images import Resize, read_image
+from noisycond.evaluation.neighbours import nearest
+from noisycond.evaluation.references import RealImages
+from noisycond.evaluation.suite import Evidence
+from noisycond.generation import open_for_drawing
+
+
+logger = logging.getLogger(__name__)
+CANDIDATES = 2000  # generated images among which the most memorized are looked for
+ROWS, NEIGHBOURS = 6, 4
+
+
+def draw_figures(
+    args,
+    sets: Sequence[ImageSet],
+    evidence: Sequence[Evidence],
+    train: RealImages | None,
+    folder: Path,
+    resize: Resize,
+) -> list[Path]:
+    """Draws samples.png, memorized-<label>.png where there are training images, and walk-<label>.png and .webp of each
+    pipeline, all at the first guidance scale and seed.
+
+    Args:
+        args: the arguments of evaluate_model.py. evidence: of each set.
+
+    Returns:
+        What was written.
+    """
+    first = {}  # of each label, the first run
+    for image_set, seen in zip(sets, evidence, strict=True):
+        first.setdefault(image_set.label, (image_set, seen))
+    written = [draw_samples(args, [image_set for image_set, _ in first.values()], folder / "samples.png")]
+    for label, (image_set, seen) in first.items():
+        place = re.sub(r"[^\w.+-]", "_", label)
+        if train is not None and train.source is not None and seen.train is not None:
+            written.append(draw_memorized(image_set, seen, train, resize, folder / f"memorized-{place}.png"))
+        if image_set.option == "--pipeline":
+            written += draw_walk(args, image_set, folder / f"walk-{place}.png")
+    return written
+
+
+def draw_samples(args, sets: Sequence[ImageSet], path: Path) -> Path:
+    """The first images of at most ten classes of each set, a row per class; without labels, the first images."""
+    per_class, shown = 5, {}
+    count = min(len(image_set.source) for image_set in sets)
+    for image_set in sets:
+        labels = image_set.source.labels
+        numbers = list(range(min(count, 10 * per_class)))
+        if labels is not None:
+            classes = sorted(set(labels[:count].tolist()))
+            spread = [classes[row * len(classes) // min(10, len(classes))] for row in range(min(10, len(classes)))]
+            of_class = [[n for n in range(count) if labels[n] == label][:per_class] for label in spread]
+            fewest = min(map(len, of_class))
+            numbers = [number for group in of_class for number in group[:fewest]]
+        name = str(image_set)
+        shown[name] = [read_image(image_set.option, image_set.source, number, Resize()) for number in numbers]
+    fewest = min(map(len, shown.values()))
+    columns = min(per_class, fewest)
+    side_by_side({name: images[:fewest] for name, images in shown.items()}, columns).save(path)
+    return path
+
+
+def draw_memorized(image_set: ImageSet, seen: Evidence, train: RealImages, resize: Resize, path: Path) -> Path:
+    """The samples whose nearest training image is nearest in relation to the second, with their nearest ones."""
+    points = seen.train.features.pooled
+    k = min(NEIGHBOURS, len(points))
+    distances, indices = nearest(
+        queries=seen.generated.pooled[:CANDIDATES], points=points, k=k, device=seen.device, progress=True
+    )
+    ratio = distances[:, 0] / distances[:, min(1, k - 1)].clamp(min=1e-12)
+    chosen = ratio.argsort(stable=True)[:ROWS].tolist()
+    samples = [read_image(image_set.option, image_set.source, number, resize) for number in chosen]
+    neighbours = [
+        [read_image(train.option, train.source, number, resize) for number in indices[place].tolist()]
+        for place in chosen
+    ]
+    nearest_neighbours(samples, neighbours, [distances[place].tolist() for place in chosen]).save(path)
+    return path
+
+
+def draw_walk(args, image_set: ImageSet, path: Path) -> list[Path]:
+    """A circular walk of the class --walk_class, as a strip and as an animation."""
+    opened = open_for_drawing(image_set.member, args, Accelerator())
+    require(
+        args.walk_class < opened.num_classes,
+        f"--walk_class is {args.walk_class}, but {image_set.member} has {opened.num_classes} classes.",
+    )
+    images = circular_walk(
+        opened.pipeline,
+        args.walk_class,
+        seed=image_set.seed,
+        guidance_scale=image_set.guidance_scale,
+    )
+    save_walk(images, path, path.with_suffix(".webp"))
+    return [path, path.with_suffix(".webp")]
