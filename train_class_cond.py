@@ -33,10 +33,13 @@ try:
     from noisycond.data.opening import open_batches, open_training_data
     from noisycond.data.streams import require_ids
     from noisycond.denoisers import build_denoiser, find_denoiser
-    from noisycond.errors import InputError, one_sentence_errors, require, writing
+    from noisycond.errors import one_sentence_errors, require, writing
+    from noisycond.evaluation.in_training import EvaluationArguments, TrainingEvaluation
+    from noisycond.evaluation.report import add_results_to_card
     from noisycond.export import class_pipeline, export_pipeline, sampling_scheduler
     from noisycond.first_stage import open_first_stage
-    from noisycond.objective import DiffusionObjective, make_betas
+    from noisycond.noise_schedule import build_objective
+    from noisycond.objective import DiffusionObjective
     from noisycond.perturbation import ConditionEmbeddingPerturbation
     from noisycond.processes import on_main
     from noisycond.randomness import Purpose
@@ -53,6 +56,7 @@ class ClassCondArguments(
     PerturbationArguments,
     ObjectiveArguments,
     LoopArguments,
+    EvaluationArguments,
     HubArguments,
 ):
     denoiser: str = flag("dit-mini", "A preset (ldm-4, ldm-mini, dit-xl-2, dit-l-2, dit-b-2, dit-s-2, dit-mini), a "
@@ -86,26 +90,6 @@ class ClassCondArguments(
         )
 
 
-def build_objective(args: ClassCondArguments, preset) -> tuple[DiffusionObjective, dict]:
-    """The objective, and its noise schedule by the names that diffusers' schedulers use."""
-    noise_schedule = {
-        name: getattr(preset, name) if getattr(args, name) is None else getattr(args, name)
-        for name in ("beta_schedule", "beta_start", "beta_end")
-    }
-    require(
-        preset.prediction_type in (None, args.prediction_type),
-        f"--prediction_type is {args.prediction_type}, but {args.denoiser} was trained for {preset.prediction_type}.",
-    )
-    try:
-        betas = make_betas(*noise_schedule.values(), args.num_train_timesteps)
-    except ValueError as error:
-        raise InputError(f"--beta_schedule, --beta_start, --beta_end: {error}") from error
-    objective = DiffusionObjective(
-        betas, args.prediction_type, args.snr_gamma, args.input_perturbation, preset.learned_variance, args.seed
-    )
-    return objective, noise_schedule
-
-
 def build(args: ClassCondArguments, source, class_names: list[str], latent_channels: int, factor: int):
     """The denoiser to train, for latents of this many channels and a first stage of this factor."""
     require(
@@ -132,7 +116,7 @@ def build(args: ClassCondArguments, source, class_names: list[str], latent_chann
 def rehearse(args: ClassCondArguments) -> None:
     """Prints what the run would take, without data or GPU; see [`noisycond.dry_run`]."""
     source = find_denoiser(args.denoiser)
-    build_objective(args, source.preset)
+    build_objective(args, args.denoiser, source.preset)
     data = dry_run.open_what_is_here(args)
     first_stage, channels, factor, why = dry_run.latents_of(args, source.preset)
     with torch.device("meta"):
@@ -188,7 +172,20 @@ def draw_samples(pipeline, args: ClassCondArguments, num_classes: int, path: Pat
         pictures.image_grid(images, args.validation_images_per_class, scale=scale).save(path)
 
 
-def export(pipeline, args: ClassCondArguments, run: RunFolder, class_names: list[str], result, repo_id) -> None:
+def evaluate_at_the_end(evaluation, pipeline, run: RunFolder, step: int) -> list:
+    """Measures the exported weights, draws the metrics over steps, and returns what goes into the model card."""
+    rows = run.read_evaluations()
+    if not rows or rows[-1]["step"] != step:
+        run.log_evaluation({"step": step} | evaluation(pipeline))
+        rows = run.read_evaluations()
+    pictures.plot_over_steps(rows, run.path / "evaluation.png")
+    print("\n" + ", ".join(f"{name} {value:.4g}" for name, value in rows[-1].items() if name != "step"))
+    return evaluation.results(rows[-1])
+
+
+def export(
+    pipeline, args: ClassCondArguments, run: RunFolder, class_names: list[str], result, repo_id, evaluation
+) -> None:
     """Writes what a run leaves behind: pipeline, card, sample grid, loss curve, corruption counts; then pushes it."""
     draw_samples(pipeline, args, len(class_names), run.samples / "final.png")
     card = class_conditional_card(pipeline, args, class_names, result, repo_id)
@@ -196,6 +193,8 @@ def export(pipeline, args: ClassCondArguments, run: RunFolder, class_names: list
         pictures.plot_loss(run.read_log(), run.path / "loss.png")
         (run.path / "corruption.json").write_text(json.dumps(result.totals["corruption"], indent=2) + "\n")
         export_pipeline(pipeline, run.path, class_names, card)
+        if evaluation is not None:
+            add_results_to_card(run.path, evaluate_at_the_end(evaluation, pipeline, run, result.step))
     print(
         f"\nSamples: {run.samples / 'final.png'}\nLoss curve: {run.path / 'loss.png'}\nPipeline: {run.path}\n\n"
         f"Load it where only diffusers is installed:\n\n{textwrap.indent(loading_code(pipeline, run.path), '    ')}\n"
@@ -231,10 +230,15 @@ def main(argv: list[str] | None = None) -> None:
     corruption = LabelCorruption(
         args.corruption_ratio, len(class_names), seed=args.seed, groups=groups, mode=args.corruption_mode
     )
-    objective, noise_schedule = build_objective(args, source.preset)
+    objective, noise_schedule = build_objective(args, args.denoiser, source.preset)
     denoiser = build(args, source, class_names, first_stage.latent_channels, first_stage.factor)
     if args.enable_xformers_memory_efficient_attention:
         hardware.enable_xformers(denoiser.backbone.model)
+
+    evaluation = None
+    if args.eval_steps:
+        evaluation = TrainingEvaluation(args, class_names)
+        on_main(accelerator, lambda: evaluation.prepare(accelerator.device))
 
     facts = data.facts | {
         "first_stage": first_stage.fingerprint,
@@ -266,9 +270,10 @@ def main(argv: list[str] | None = None) -> None:
         resume_from=resume_from,
         tallies={"corruption": corruption},
         validate=lambda step: draw_samples(pipeline(), args, len(class_names), run.samples / f"step-{step:07d}.png"),
+        evaluate=evaluation and (lambda step: evaluation(pipeline())),
     )
     if result.stopped_by is None:
-        on_main(accelerator, lambda: export(pipeline(), args, run, class_names, result, repo_id))
+        on_main(accelerator, lambda: export(pipeline(), args, run, class_names, result, repo_id, evaluation))
     trainer.finish(accelerator, result, run)
 
 

@@ -1,10 +1,17 @@
-"""The name of a noise schedule that is spelled out."""
+"""Noise schedules by name: from flags, and of variances that are spelled out."""
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 
-from noisycond.objective import BETA_SCHEDULES, make_betas
+from noisycond.arguments import ObjectiveArguments
+from noisycond.errors import InputError, require
+from noisycond.objective import BETA_SCHEDULES, DiffusionObjective, make_betas
+
+
+if TYPE_CHECKING:
+    from noisycond.denoisers.presets import Preset
 
 
 def named_schedule(betas: Sequence[float] | torch.Tensor) -> dict | None:
@@ -25,3 +32,31 @@ def named_schedule(betas: Sequence[float] | torch.Tensor) -> dict | None:
         if torch.allclose(betas, named, rtol=1e-4, atol=0):
             return {"beta_schedule": schedule, "beta_start": ends[0], "beta_end": ends[1]}
     return None
+
+
+def build_objective(args: ObjectiveArguments, denoiser: str, preset: "Preset") -> tuple[DiffusionObjective, dict]:
+    """The objective that flags ask for, and its noise schedule by the names that diffusers' schedulers use.
+
+    Args:
+        args: also with `input_perturbation` and `seed`. denoiser: its name, for messages. preset: gives what the flags
+            leave open.
+
+    Raises:
+        InputError: the noise schedule is none, or the denoiser was trained to predict something else.
+    """
+    noise_schedule = {
+        name: getattr(preset, name) if getattr(args, name) is None else getattr(args, name)
+        for name in ("beta_schedule", "beta_start", "beta_end")
+    }
+    require(
+        preset.prediction_type in (None, args.prediction_type),
+        f"--prediction_type is {args.prediction_type}, but {denoiser} was trained for {preset.prediction_type}.",
+    )
+    try:
+        betas = make_betas(*noise_schedule.values(), args.num_train_timesteps)
+    except ValueError as error:
+        raise InputError(f"--beta_schedule, --beta_start, --beta_end: {error}") from error
+    objective = DiffusionObjective(
+        betas, args.prediction_type, args.snr_gamma, args.input_perturbation, preset.learned_variance, args.seed
+    )
+    return objective, noise_schedule

@@ -21,7 +21,7 @@ from noisycond.evaluation.instruments import Extraction, Instruments
 from noisycond.evaluation.metrics import METRICS
 from noisycond.evaluation.options import MetricArguments
 from noisycond.evaluation.references import open_real
-from noisycond.evaluation.suite import compute, families_of
+from noisycond.evaluation.suite import check_counts, compute, families_of, needs_train
 
 
 @dataclass
@@ -77,35 +77,34 @@ class TrainingEvaluation:
     """Draws images and measures them against real ones, whose features are extracted once.
 
     Args:
-        args: an [`EvaluationArguments`] with the sampling flags of a training script. class_names: K names.
-        resolution: side of the images. device: where images are drawn and measured.
-
-    Raises:
-        InputError: weights or real images are missing, or a metric cannot be computed from them.
+        args: the arguments of a training script, among them [`EvaluationArguments`]. class_names: K names.
     """
 
-    def __init__(self, args, class_names: list[str], resolution: int, device: torch.device):
+    def __init__(self, args, class_names: list[str]):
         self.args, self.class_names = args, class_names
-        name = args.eval_reference or ("digits" if args.dataset_name == "digits" else None)
-        require(
-            name is not None,
-            "--eval_steps needs --eval_reference: real images (of the validation set) to compare with.",
-        )
         self.options = MetricArguments(
             metrics=list(args.eval_metrics),
             feature_extractor=args.eval_feature_extractor,
             extractor_weights=args.eval_extractor_weights,
             metric_seed=args.seed,
         )
-        self.options.lpips_pairs = min(self.options.lpips_pairs, args.eval_num_images)
+
+    def prepare(self, device: torch.device) -> None:
+        """Opens what is looked through and extracts the features of the real images. On the main process only.
+
+        Raises:
+            InputError: weights or real images are missing, or there are too few images for a metric.
+        """
+        args, on_digits = self.args, self.args.dataset_name == "digits"
+        name = args.eval_reference or ("digits" if on_digits else None)
+        require(name is not None, "--eval_steps needs --eval_reference: real images of the validation set.")
+        check_counts(self.options, args.eval_num_images)
         instruments = Instruments.open(self.options, name == "digits", device)
-        self.extraction = Extraction(instruments, self.options, Resize(resolution), None, device)
-        split = args.eval_reference_split or ("test" if name == "digits" else "validation")
-        self.real = open_real("--eval_reference", name, split)
-        self.reference = self.real.measure(self.extraction)
-        train = open_real("--train_data", "digits", "train") if args.dataset_name == "digits" else None
-        needs_train = "memorization" in families_of(self.options.metrics)
-        self.train = train.measure(self.extraction) if train is not None and needs_train else None
+        self.extraction = Extraction(instruments, self.options, Resize(args.resolution), device)
+        self.real = open_real("--eval_reference", name, args.eval_reference_split)
+        self.reference, self.train = self.real.measure(self.extraction), None
+        if on_digits and needs_train(self.options):
+            self.train = open_real("--dataset_name", "digits", "train").measure(self.extraction)
 
     def __call__(self, pipeline: DiffusionPipeline) -> dict[str, float]:
         """The metrics of images that the pipeline draws now, by name."""
@@ -123,7 +122,7 @@ class TrainingEvaluation:
         found = {}
         for family in families_of(self.options.metrics):
             found |= {name: estimate.value for name, estimate in compute(evidence, self.options, family).items()}
-        return {name: value for name, value in found.items() if name in self.options.metrics}
+        return {name: found[name] for name in self.options.metrics}
 
     def settings(self) -> dict:
         """The choices behind the values, as JSON values."""

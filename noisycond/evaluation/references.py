@@ -80,7 +80,7 @@ def open_real(option: str, name: str | None, split: str | None) -> RealImages | 
     """Real images by name; None where none is given.
 
     Args:
-        split: of digits or of a Hub dataset.
+        split: of digits (by default `test`) or of a Hub dataset (by default `validation`).
 
     Raises:
         InputError: there is no such thing.
@@ -92,4 +92,5 @@ def open_real(option: str, name: str | None, split: str | None) -> RealImages | 
             raise InputError(f"{option} {name}: there is no such file.")
         if holds_statistics(Path(name)):
             return RealImages(option, name, None, None)
-    return RealImages(option, name, split, open_images(option, name, split or "validation"))
+    split = split or ("test" if name == "digits" else "validation")
+    return RealImages(option, name, split, open_images(option, name, split))
