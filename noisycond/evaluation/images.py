@@ -5,6 +5,7 @@ Letters: N images, R the side of the square images that an extractor gets.
 
 import hashlib
 import json
+import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -178,9 +179,9 @@ def open_batch(option: str, path: Path) -> BatchImages:
         with np.load(path, allow_pickle=False) as batch:
             require("arr_0" in batch, f"{option} {path}: it holds no images (arr_0), but {', '.join(batch.files)}.")
             return BatchImages(option, path, batch["arr_0"], batch.get("arr_1"))
-    except (OSError, ValueError, KeyError) as error:
-        if isinstance(error, InputError):
-            raise
+    except InputError:
+        raise
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
         raise InputError(f"{option} {path}: not a readable npz file ({in_one_line(error)}).") from error
 
 
