@@ -41,6 +41,8 @@ class Purpose(StrEnum):
     CORRUPTED_VALUE = "corrupted value"
     SAMPLING = "sampling"
     SAMPLED_CLASS = "sampled class"
+    AUGMENTATION = "augmentation"
+    INITIAL_WEIGHTS = "initial weights"
 
 
 _MASK = 0xFFFFFFFF
