@@ -41,6 +41,8 @@ class Purpose(StrEnum):
     CORRUPTED_VALUE = "corrupted value"
     SAMPLING = "sampling"
     SAMPLED_CLASS = "sampled class"
+    BOOTSTRAP = "bootstrap"
+    LATENT_WALK = "latent walk"
 
 
 _MASK = 0xFFFFFFFF
