@@ -35,7 +35,7 @@ def write_report(folder: str | Path, rows: Sequence[dict], settings: dict, metri
     if any(summary.runs * summary.seeds > 1 for summary in summaries):
         parts += ["## Every run and seed", _rows_table(rows, metrics)]
     parts += ["## Choices made", _choices(settings)]
-    text = json.dumps(_plain(record), indent=2, ensure_ascii=False, allow_nan=False)
+    text = json.dumps(plain(record), indent=2, ensure_ascii=False, allow_nan=False)
     write_atomically(folder / "metrics.json", text + "\n")
     write_atomically(folder / "metrics.md", "\n\n".join(parts) + "\n")
     return table
@@ -255,7 +255,7 @@ def _markdown_table(head: Sequence[str], lines: Sequence[Sequence[str]], left: S
 def _choices(settings: Mapping, depth: int = 0) -> str:
     """Settings as a Markdown list, nested as they are."""
     lines = []
-    for name, value in _plain(settings).items():
+    for name, value in plain(settings).items():
         indent = "  " * depth
         if isinstance(value, dict) and value:
             lines += [f"{indent}- {name}:", _choices(value, depth + 1)]
@@ -269,16 +269,16 @@ def _said(value: object) -> str:
     return {None: "none", True: "yes", False: "no"}[value] if value is None or isinstance(value, bool) else str(value)
 
 
-def _plain(value: object) -> object:
+def plain(value: object) -> object:
     """What strict JSON can say: numbers of NumPy and torch as Python's, paths as text, null for what is not finite."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         value = {entry.name: getattr(value, entry.name) for entry in dataclasses.fields(value)}
     if isinstance(value, Mapping):
-        return {str(name): _plain(each) for name, each in value.items()}
+        return {str(name): plain(each) for name, each in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(each) for each in value]
+        return [plain(each) for each in value]
     if hasattr(value, "tolist"):
-        return _plain(value.tolist())
+        return plain(value.tolist())
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     return value if value is None or isinstance(value, (bool, int, str)) else str(value)
