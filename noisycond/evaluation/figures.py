@@ -3,6 +3,7 @@
 Letters: P positions of the walk, C latent channels, h × w their size.
 """
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
@@ -19,7 +20,7 @@ from noisycond.randomness import Purpose
 from noisycond.sampling import noise_shape, sample_from_noise
 
 
-CAPTION_SIZE = 16  # pixels
+CAPTION_SIZE = 15  # pixels
 ANIMATIONS = (".webp", ".gif")
 
 
@@ -175,9 +176,17 @@ def _sized(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     return image.convert("RGB").resize(size, Image.Resampling.NEAREST if larger else Image.Resampling.LANCZOS)
 
 
+@functools.cache
+def _caption_font() -> ImageFont.FreeTypeFont:
+    """The font that comes with matplotlib: Pillow's own has no Greek letters, and labels do (γ, η)."""
+    import matplotlib
+
+    return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSans.ttf"), CAPTION_SIZE)
+
+
 def _captioned(image: Image.Image, text: str, below: bool = False) -> Image.Image:
     """The image with a caption, on white, wide enough for both."""
-    font = ImageFont.load_default(CAPTION_SIZE)
+    font = _caption_font()
     width = max(image.width, math.ceil(font.getlength(text)) + 4)
     height = CAPTION_SIZE + 8
     canvas = Image.new("RGB", (width, image.height + height), "white")
@@ -198,7 +207,11 @@ def _in_a_row(images: Sequence[Image.Image], gap: int) -> Image.Image:
     for image in images:
         lefts.append(right)
         right += image.width + gap
-    return _placed(images, (right - gap, max(image.height for image in images)), lefts)
+    row = _placed(images, (right - gap, max(image.height for image in images)), lefts)
+    for left in lefts[1:]:  # images may be as white as the gap
+        x = left - gap // 2
+        ImageDraw.Draw(row).line([(x, 0), (x, row.height)], fill="lightgray")
+    return row
 
 
 def _placed(images: Sequence[Image.Image], size: tuple[int, int], lefts: Sequence[int]) -> Image.Image:
