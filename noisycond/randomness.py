@@ -43,6 +43,8 @@ class Purpose(StrEnum):
     SAMPLED_CLASS = "sampled class"
     AUGMENTATION = "augmentation"
     INITIAL_WEIGHTS = "initial weights"
+    BOOTSTRAP = "bootstrap"
+    LATENT_WALK = "latent walk"
 
 
 _MASK = 0xFFFFFFFF

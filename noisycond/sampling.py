@@ -7,6 +7,7 @@ import hashlib
 import inspect
 import json
 from collections.abc import Sequence
+from contextlib import contextmanager
 
 import diffusers
 import torch
@@ -73,6 +74,67 @@ def sample_all(
         labels = class_labels[first : first + batch_size]
         images += sample(pipeline, labels, range(first, first + len(labels)), **settings)
     return images
+
+
+def sample_from_noise(
+    pipeline: DiffusionPipeline,
+    class_labels: Sequence[int],
+    noise: torch.Tensor,
+    *,
+    guidance_scale: float,
+    num_inference_steps: int,
+    output_type: str = "pil",
+):
+    """Images that start from given noise, with the pipeline's own sampling loop.
+
+    Args:
+        noise [N, C, h, w]: float32, of variance 1. output_type: one of the pipeline's.
+
+    Returns:
+        What the pipeline returns as images, a list for `pil`.
+
+    Raises:
+        RuntimeError: the pipeline takes no `latents`, and its first noise is not drawn as in diffusers' `DiTPipeline`.
+    """
+    options = {"guidance_scale": guidance_scale, "num_inference_steps": num_inference_steps}
+    labels = [int(label) for label in class_labels]
+    if "latents" in inspect.signature(pipeline.__call__).parameters:
+        return pipeline(labels, latents=noise, output_type=output_type, **options).images
+    with _first_draw(pipeline, noise):
+        return pipeline(labels, output_type=output_type, **options).images
+
+
+def noise_shape(pipeline: DiffusionPipeline) -> tuple[int, int, int]:
+    """C, h and w of the noise that a pipeline's images start from."""
+    model = pipeline.transformer if hasattr(pipeline, "transformer") else pipeline.unet
+    size = model.config.sample_size
+    height, width = (size, size) if isinstance(size, int) else size
+    return model.config.in_channels, height, width
+
+
+@contextmanager
+def _first_draw(pipeline: DiffusionPipeline, noise: torch.Tensor):
+    """A context in which the pipeline's module draws this noise. `DiTPipeline` takes no latents: it calls its module's
+    `randn_tensor` once and nothing else there does, so the loop stays the pipeline's own."""
+    module = inspect.getmodule(inspect.unwrap(type(pipeline).__call__))
+    original = getattr(module, "randn_tensor", None)
+    if original is None:
+        raise RuntimeError(f"{type(pipeline).__name__} takes no latents, and its module has no randn_tensor.")
+    drawn = []
+
+    def given(shape, generator=None, device=None, dtype=None, layout=None):
+        drawn.append(tuple(shape))
+        if drawn != [tuple(noise.shape)]:
+            raise RuntimeError(f"{type(pipeline).__name__} drew noise of {drawn}, not once of {tuple(noise.shape)}.")
+        return noise.to(device, dtype)
+
+    module.randn_tensor = given
+    try:
+        yield
+    finally:
+        module.randn_tensor = original
+    if not drawn:
+        raise RuntimeError(f"{type(pipeline).__name__} drew no noise by its module's randn_tensor.")
 
 
 def open_pipeline(name_or_path: str, trust_remote_code: bool = False) -> DiffusionPipeline:
