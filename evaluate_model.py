@@ -83,6 +83,9 @@ class EvaluateArguments(SamplingArguments, MetricArguments):
             f"--extraction_batch_size is {self.extraction_batch_size}, but it must be positive.",
         )
         require(self.dataloader_num_workers >= 0, "--dataloader_num_workers must not be negative.")
+        cards = [name for word in self.pipeline for name in word.rpartition("=")[2].split(",")]
+        lacking = [name for name in cards if not (Path(name) / "README.md").is_file()] if self.update_card else []
+        require(not lacking, f"--update_card: {lacking[:1]} is no local folder with a model card (README.md).")
         if self.train_data is None and self.reference == "digits":
             self.train_data = "digits"
 

@@ -35,7 +35,7 @@ try:
     from noisycond.denoisers import build_denoiser, find_denoiser
     from noisycond.errors import one_sentence_errors, require, writing
     from noisycond.evaluation.in_training import EvaluationArguments, TrainingEvaluation
-    from noisycond.evaluation.report import add_results_to_card
+    from noisycond.evaluation.model_index import add_results_to_card
     from noisycond.export import class_pipeline, export_pipeline, sampling_scheduler
     from noisycond.first_stage import open_first_stage
     from noisycond.noise_schedule import build_objective

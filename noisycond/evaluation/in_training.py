@@ -10,15 +10,18 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline
+from huggingface_hub import EvalResult
 from PIL import Image
 
 from noisycond import sampling
 from noisycond.arguments import Arguments, flag
+from noisycond.cards import public_name
 from noisycond.data.sources import ImageSource
 from noisycond.errors import InputError, closest, require
 from noisycond.evaluation.images import Resize
 from noisycond.evaluation.instruments import Extraction, Instruments
 from noisycond.evaluation.metrics import METRICS
+from noisycond.evaluation.model_index import model_index_results
 from noisycond.evaluation.options import MetricArguments
 from noisycond.evaluation.references import open_real
 from noisycond.evaluation.suite import check_counts, compute, families_of, needs_train
@@ -124,12 +127,30 @@ class TrainingEvaluation:
             found |= {name: estimate.value for name, estimate in compute(evidence, self.options, family).items()}
         return {name: found[name] for name in self.options.metrics}
 
-    def settings(self) -> dict:
-        """The choices behind the values, as JSON values."""
-        return {
-            "reference": self.real.settings(),
-            "num_images": self.args.eval_num_images,
-            "guidance_scale": self.args.validation_guidance_scale,
-            "num_inference_steps": self.args.validation_inference_steps,
-            "seed": self.args.seed,
-        } | self.extraction.instruments.settings()
+    def results(self, row: dict) -> list[EvalResult]:
+        """An evaluation as metadata of a model card.
+
+        Args:
+            row: step, and the metrics by name.
+        """
+        args, real = self.args, self.real.settings()
+        measured = {name: {"value": value} for name, value in row.items() if name != "step"}
+        return model_index_results(
+            [
+                {
+                    "label": "run",
+                    "pipeline": args.output_dir,
+                    "images": None,
+                    "guidance_scale": args.validation_guidance_scale,
+                    "seed": args.seed,
+                    "num_images": args.eval_num_images,
+                    "metrics": measured,
+                }
+            ],
+            public_name(real["name"]),
+            dataset_split=real.get("split"),
+            settings={
+                "num_inference_steps": args.validation_inference_steps,
+                "feature_extractor": self.extraction.instruments.extractor.name,
+            },
+        )

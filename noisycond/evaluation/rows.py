@@ -9,13 +9,14 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from noisycond.errors import InputError, require, writing
+from noisycond.cards import public_name
+from noisycond.errors import InputError, writing
 from noisycond.evaluation.drawing import ImageSet
 from noisycond.evaluation.instruments import Extraction
 from noisycond.evaluation.metrics import METRICS
+from noisycond.evaluation.model_index import add_results_to_card, model_index_results
 from noisycond.evaluation.options import MetricArguments
 from noisycond.evaluation.references import RealImages
-from noisycond.evaluation.report import add_results_to_card, model_index_results
 from noisycond.evaluation.suite import Evidence, compute, families_of, lacking
 from noisycond.evaluation.uncertainty import bootstrap_interval
 from noisycond.run_folder import write_atomically
@@ -120,16 +121,20 @@ def choices(args, extraction: Extraction, real: RealImages | None, train: RealIm
 def update_cards(pipelines: Sequence[str], rows: Sequence[dict], settings: dict) -> None:
     """Writes each pipeline's results into the model card of its folder, as `model-index`.
 
-    Raises:
-        InputError: a pipeline is not a local folder with a card.
+    Args:
+        settings: see [`choices`].
     """
+    reference = settings["reference"] or {"name": "none"}
+    told = {name: settings["generated"][name] for name in ("num_inference_steps", "scheduler", "class_sampling")}
+    told["feature_extractor"] = settings["extractor"]["extractor"]
     for name in pipelines:
-        require(
-            (Path(name) / "README.md").is_file(),
-            f"--update_card: {name} is no local folder with a model card (README.md).",
+        results = model_index_results(
+            [row for row in rows if row["pipeline"] == name],
+            public_name(reference["name"]),
+            dataset_split=reference.get("split"),
+            settings=told,
         )
-        results = model_index_results([row for row in rows if row["pipeline"] == name], settings)
-        add_results_to_card(Path(name), results)
+        add_results_to_card(name, results)
 
 
 def why_not(rows: Sequence[dict]) -> dict[str, str]:
