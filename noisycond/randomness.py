@@ -41,6 +41,8 @@ class Purpose(StrEnum):
     CORRUPTED_VALUE = "corrupted value"
     SAMPLING = "sampling"
     SAMPLED_CLASS = "sampled class"
+    KID_SUBSET = "KID subset"
+    SPLIT_ORDER = "order before splitting"
 
 
 _MASK = 0xFFFFFFFF
