@@ -45,6 +45,8 @@ class Purpose(StrEnum):
     INITIAL_WEIGHTS = "initial weights"
     BOOTSTRAP = "bootstrap"
     LATENT_WALK = "latent walk"
+    KID_SUBSET = "KID subset"
+    SPLIT_ORDER = "order before splitting"
 
 
 _MASK = 0xFFFFFFFF
