@@ -61,10 +61,11 @@ def test_images_of_the_network_s_size_keep_their_values():
 
 
 def test_larger_images_are_antialiased():
-    checkerboard = (torch.arange(128)[:, None] + torch.arange(128)) % 2 * 255
-    pixels = prepare(checkerboard.to(torch.uint8).expand(1, 3, 128, 128))
+    stripes = (torch.arange(128) % 4 == 0).to(torch.uint8) * 255
+    pixels = prepare(stripes.expand(1, 3, 128, 128))
     assert pixels.shape == (1, 3, 32, 32)
-    assert pixels[..., 1:-1, 1:-1].abs().max() < 0.05  # without antialiasing -1 or 1
+    # A quarter is white; without antialiasing all of it falls between the places that are looked at.
+    assert (pixels[..., 1:-1] + 0.5).abs().max() < 0.01
 
 
 def test_augmented_digits_stay_digits():
