@@ -41,6 +41,9 @@ class Purpose(StrEnum):
     CORRUPTED_VALUE = "corrupted value"
     SAMPLING = "sampling"
     SAMPLED_CLASS = "sampled class"
+    SUPPORT_PROJECTION = "support projection"
+    SUPPORT_BOOTSTRAP = "support bootstrap"
+    IMAGE_PAIRS = "image pairs"
 
 
 _MASK = 0xFFFFFFFF
