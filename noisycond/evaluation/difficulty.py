@@ -51,6 +51,7 @@ class ClassGaussians:
             InputError: no labels, or another number of them than of images; not more images than classes; a covariance
                 without an inverse although the ridge is added.
         """
+        require(ridge >= 0, f"RMD: a ridge of {ridge} is below 0.")
         classes, members = _checked_labels(features, labels, "real").unique(return_inverse=True)
         size, dim = features.shape
         require(
@@ -114,7 +115,7 @@ def rmd(
 ) -> dict[str, Estimate]:
     """The mean relative Mahalanobis distance of the generated images to the real ones, and that of the hardest. As a
     measure of sample difficulty: Cui et al., "Learning Sample Difficulty from Pre-trained Models for Reliable
-    Prediction", NeurIPS 2023.
+    Prediction", NeurIPS 2023, arXiv:2304.10127.
 
     Args:
         real [N, D], generated [M, D]: float32, features. real_labels [N], generated_labels [M]: int64.
