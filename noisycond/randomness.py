@@ -47,6 +47,9 @@ class Purpose(StrEnum):
     LATENT_WALK = "latent walk"
     KID_SUBSET = "KID subset"
     SPLIT_ORDER = "order before splitting"
+    SUPPORT_PROJECTION = "support projection"
+    SUPPORT_BOOTSTRAP = "support bootstrap"
+    IMAGE_PAIRS = "image pairs"
 
 
 _MASK = 0xFFFFFFFF
