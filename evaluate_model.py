@@ -128,6 +128,9 @@ def main(argv: list[str] | None = None) -> None:
     real = open_real("--reference", args.reference, args.reference_split)
     train = open_real("--train_data", args.train_data, "train")
     instruments = Instruments.open(args, args.reference == "digits", accelerator.device)
+    for given in (real, train):
+        if given is not None:
+            given.check(instruments)
     if args.pipeline:
         check_counts(args, args.num_images)
         sets = draw_sets(subjects, args, args.guidance_scale, args.seeds, folder / "images", accelerator)

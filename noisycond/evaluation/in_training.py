@@ -105,6 +105,7 @@ class TrainingEvaluation:
         instruments = Instruments.open(self.options, name == "digits", device)
         self.extraction = Extraction(instruments, self.options, Resize(args.resolution), device)
         self.real = open_real("--eval_reference", name, args.eval_reference_split)
+        self.real.check(instruments)
         self.reference, self.train = self.real.measure(self.extraction), None
         if on_digits and needs_train(self.options):
             self.train = open_real("--dataset_name", "digits", "train").measure(self.extraction)

@@ -18,7 +18,7 @@ from noisycond.evaluation.extractors import Extractor, open_extractor, open_simi
 from noisycond.evaluation.features import Features
 from noisycond.evaluation.images import Resize
 from noisycond.evaluation.options import MetricArguments
-from noisycond.evaluation.suite import Evidence, Reference, families_of, match_labels
+from noisycond.evaluation.suite import Evidence, families_of, match_labels
 
 
 @dataclass
@@ -92,12 +92,8 @@ class Extraction:
 
     def statistics_settings(self) -> dict:
         """What statistics of real images must share with the images they are compared with."""
-        return {
-            "extractor": self.instruments.extractor.name,
-            "weights": self.instruments.extractor.weights_hash,
-            "resolution": self.resize.resolution,
-            "interpolation": self.resize.interpolation,
-        }
+        resize = {"resolution": self.resize.resolution, "interpolation": self.resize.interpolation}
+        return self.instruments.extractor.settings() | resize
 
     def features(self, option: str, source: ImageSource) -> Features:
         """The extractor's features of all images of a set."""
@@ -106,10 +102,6 @@ class Extraction:
         wanted += ["logits"] if "inception_score" in families or self.instruments.classifies_itself else []
         wanted += ["spatial"] if "sfid" in families else []
         return self._extract(option, source, extractor, extractor.settings(), wanted)
-
-    def reference(self, option: str, name: str, source: ImageSource) -> Reference:
-        """Real images as a reference."""
-        return Reference.of(name, self.features(option, source), source.class_names)
 
     def evidence(self, option: str, source: ImageSource) -> Evidence:
         """What the metrics of a set of generated images are computed from, but for the reference."""
@@ -128,11 +120,11 @@ class Extraction:
                 labels, source.class_names, classifier.class_names, f"--classifier {classifier.name}"
             )
         if instruments.clip is not None and labels is not None and source.class_names is not None:
-            embeddings = self._extract(
-                option, source, instruments.clip.extract, {"clip": instruments.clip.settings()}, ["pooled"]
-            ).pooled
-            prompts = prompts_for(source.class_names, range(len(source.class_names)), self.options.clip_prompt)
-            evidence.clip_scores = instruments.clip.compare(embeddings, instruments.clip.embed_text(prompts)[labels])
+            clip = instruments.clip
+            embedded = self._extract(option, source, clip.extract, {"clip": clip.settings()}, ["pooled"]).pooled
+            classes = torch.arange(len(source.class_names))
+            prompts = clip.embed_texts(prompts_for(source.class_names, classes, self.options.clip_prompt))
+            evidence.clip_scores = clip.compare(embedded, prompts[labels])
         if instruments.similarity is not None:
             size = size_of(option, source, self.resize)
             evidence.pixels = lambda numbers: next(read_batches(option, source, self.resize, size, [numbers]))[1]

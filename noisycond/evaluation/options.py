@@ -53,7 +53,7 @@ class MetricArguments(Arguments):
     lpips_similarity: str | None = flag(
         None, "`lpips-vgg16`, or `lpips-digits`, which ships; the default is the latter with the extractor `digits`."
     )
-    lpips_pairs: int = flag(1000, "Pairs of images of one class that LPIPS diversity averages over, in all.")
+    lpips_pairs: int = flag(100, "Pairs of images, of each class, that LPIPS diversity averages over.")
     classifier: str | None = flag(
         None,
         "The classifier of class agreement: `digits`, or an image classifier of transformers; the default is `digits` "

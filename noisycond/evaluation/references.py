@@ -4,19 +4,20 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from noisycond.data.sources import ImageSource
-from noisycond.errors import InputError, require
-from noisycond.evaluation.images import open_batch, open_images
-from noisycond.evaluation.instruments import Extraction
-from noisycond.evaluation.statistics import Statistics, holds_statistics, load_statistics, save_statistics
+from noisycond.errors import require
+from noisycond.evaluation.images import BatchImages, open_images
+from noisycond.evaluation.instruments import Extraction, Instruments
+from noisycond.evaluation.statistics import load_statistics, peek_settings, save_statistics
 from noisycond.evaluation.suite import Reference
 
 
 @dataclass
 class RealImages:
-    """Real images to compare with, or statistics of them.
+    """Real images to compare with, or a file of statistics or of images.
 
     Attributes:
-        option: the flag. name: as the user named it. source: None where the name is a file of statistics.
+        option: the flag. name: as the user named it. split: of digits or of a Hub dataset, else None.
+        source: None where the name is a file (.npz).
     """
 
     option: str
@@ -34,10 +35,15 @@ class RealImages:
 
     def settings(self) -> dict:
         """What the report says of it."""
-        about = {"name": self.name}
-        if self.name == "digits" or (self.source is not None and not Path(self.name).exists()):
-            about["split"] = self.split
+        about = {"name": self.name} | ({} if self.split is None else {"split": self.split})
         return about | ({} if self.source is None else {"images": len(self.source)})
+
+    def check(self, instruments: Instruments) -> None:
+        """Raises InputError where statistics were made with another extractor: before anything is drawn."""
+        if self.source is None:
+            saved = peek_settings(self.name)
+            asked = instruments.extractor.settings()
+            load_statistics(self.name, asked | {key: saved.get(key) for key in ("resolution", "interpolation")})
 
     def measure(self, extraction: Extraction) -> Reference:
         """Features and moments: of the images, or as the file holds them.
@@ -46,34 +52,28 @@ class RealImages:
             InputError: an image cannot be read, or the statistics were made with other choices.
         """
         if self.source is not None:
-            return extraction.reference(self.option, self.name, self.source)
-        statistics = load_statistics(Path(self.name), extraction.statistics_settings())
-        reference = statistics_as_reference(self.name, statistics)
-        if reference.features is None and statistics.images is not None:
-            # A reference batch of ADM: moments of the whole set, and some of its images.
-            batch = open_batch(self.option, Path(self.name))
-            reference.features = extraction.features(self.option, batch)
-        return reference
+            features = extraction.features(self.option, self.source)
+            return Reference.of(self.name, features, self.source.class_names)
+        statistics = load_statistics(self.name, extraction.statistics_settings())
+        features, moments, spatial = statistics.features, statistics.moments, statistics.spatial_moments
+        if features is None and statistics.images is not None:
+            # A reference batch of ADM: images, and moments that may be of more of them.
+            labels = None if statistics.labels is None else statistics.labels.numpy()
+            batch = BatchImages(self.option, Path(self.name), statistics.images, labels)
+            features = extraction.features(self.option, batch)
+            of_batch = Reference.of(self.name, features, None)
+            moments, spatial = moments or of_batch.moments, spatial or of_batch.spatial
+        return Reference(self.name, features, moments, spatial, statistics.settings.get("class_names"))
 
     def save(self, path: Path, reference: Reference, extraction: Extraction) -> None:
-        """Writes features and moments of the images to a file that can stand in for them."""
-        require(
-            self.source is not None and reference.features is not None,
-            f"--save_stats: {self.name} holds statistics already; name its images.",
-        )
-        settings = extraction.statistics_settings() | {"source": self.settings(), "class_names": reference.class_names}
-        save_statistics(path, reference.features, settings)
+        """Writes features and moments of the images to a file that can stand in for them.
 
-
-def statistics_as_reference(name: str, statistics: Statistics) -> Reference:
-    """What a file of statistics holds."""
-    return Reference(
-        name,
-        statistics.features,
-        statistics.moments,
-        statistics.spatial_moments,
-        statistics.settings.get("class_names"),
-    )
+        Raises:
+            InputError: this is such a file, or no space is left.
+        """
+        require(self.source is not None, f"--save_stats: {self.name} holds statistics already; name its images.")
+        told = {"source": self.settings(), "class_names": reference.class_names}
+        save_statistics(path, reference.features, extraction.statistics_settings() | told)
 
 
 def open_real(option: str, name: str | None, split: str | None) -> RealImages | None:
@@ -88,9 +88,8 @@ def open_real(option: str, name: str | None, split: str | None) -> RealImages | 
     if name is None:
         return None
     if name.endswith(".npz"):
-        if not Path(name).is_file():
-            raise InputError(f"{option} {name}: there is no such file.")
-        if holds_statistics(Path(name)):
-            return RealImages(option, name, None, None)
+        require(Path(name).is_file(), f"{option} {name}: there is no such file.")
+        return RealImages(option, name, None, None)
     split = split or ("test" if name == "digits" else "validation")
-    return RealImages(option, name, split, open_images(option, name, split))
+    has_splits = name == "digits" or not Path(name).exists()
+    return RealImages(option, name, split if has_splits else None, open_images(option, name, split))

@@ -111,6 +111,15 @@ def load_statistics(path: Path | str, settings: Mapping) -> Statistics:
             return _of_others(path, arrays, settings)
 
 
+def peek_settings(path: Path | str) -> dict:
+    """What a file says of how it was made, without its arrays; nothing for files of others and for what is none."""
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            return json.loads(str(arrays["settings"])) if "settings" in arrays else {}
+    except Exception:  # load_statistics says what is wrong with it
+        return {}
+
+
 @contextmanager
 def _reading(path: Path):
     try:

@@ -164,7 +164,7 @@ def _difficulty(evidence: Evidence, options: MetricArguments) -> dict[str, Estim
         generated=evidence.generated.pooled,
         generated_labels=labels,
         top=options.rmd_top,
-    ).estimates()
+    )
 
 
 def _entropy(evidence: Evidence, options: MetricArguments) -> dict[str, Estimate]:
@@ -199,6 +199,8 @@ def _lpips(evidence: Evidence, options: MetricArguments) -> dict[str, Estimate]:
             count=len(evidence.generated),
             pairs=options.lpips_pairs,
             seed=options.metric_seed,
+            device=evidence.device or "cpu",
+            progress=True,
         )
     }
 

@@ -1,0 +1,147 @@
+"""Which metrics can be computed from what there is, with a sentence for what is lacking; labels by name."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from noisycond.errors import InputError
+from noisycond.evaluation.features import Features
+from noisycond.evaluation.metrics import METRICS
+from noisycond.evaluation.options import MetricArguments
+from noisycond.evaluation.suite import (
+    FAMILIES,
+    Evidence,
+    Reference,
+    check_counts,
+    compute,
+    families_of,
+    lacking,
+    match_labels,
+)
+
+
+def features(count: int, seed: int, labels: bool = True) -> Features:
+    generator = torch.Generator().manual_seed(seed)
+    pooled, spatial = torch.randn(count, 6, generator=generator), torch.randn(count, 3, generator=generator)
+    logits = torch.randn(count, 4, generator=generator)
+    return Features(pooled, logits, spatial, torch.arange(count) % 4 if labels else None)
+
+
+def reference(count: int, seed: int) -> Reference:
+    return Reference.of("real", features(count, seed), list("abcd"))
+
+
+class Difference(torch.nn.Module):
+    def forward(self, images, others):
+        return (images.float() - others.float()).abs().mean(dim=(1, 2, 3))
+
+
+@pytest.fixture
+def evidence() -> Evidence:
+    generated = features(200, 0)
+    images = torch.arange(200, dtype=torch.uint8)[:, None, None, None].expand(200, 3, 2, 2)
+    return Evidence(
+        generated,
+        list("abcd"),
+        reference=reference(180, 1),
+        train=reference(220, 2),
+        class_logits=torch.nn.functional.one_hot(generated.labels, 4).float(),
+        class_targets=generated.labels,
+        clip_scores=torch.full((200,), 30.0),
+        pixels=lambda numbers: images[numbers],
+        similarity=Difference(),
+    )
+
+
+def test_every_metric_belongs_to_a_family_that_gives_it(evidence):
+    assert {metric.family for metric in METRICS.values()} == set(FAMILIES)
+    found = {name: estimate for family in FAMILIES for name, estimate in compute(evidence, MetricArguments(), family).items()}
+    assert set(found) == set(METRICS)
+    assert found["class_agreement"].value == 1 and found["clip_score"].value == 30
+    assert all(isinstance(estimate.value, float) for estimate in found.values())
+
+
+@pytest.mark.parametrize(
+    "family, change, words",
+    [
+        ("fid", {"reference": None}, "no --reference"),
+        ("fid", {"reference": Reference("x")}, "no moments"),
+        ("neighbours", {"reference": dataclasses.replace(reference(9, 1), features=None)}, "moments only"),
+        ("sfid", {"generated": dataclasses.replace(features(9, 0), spatial=None)}, "spatial"),
+        ("inception_score", {"generated": dataclasses.replace(features(9, 0), logits=None)}, "no classifier"),
+        ("difficulty", {"generated": features(9, 0, labels=False)}, "no labels"),
+        ("memorization", {"train": None}, "--train_data"),
+        ("class_agreement", {"class_logits": None}, "--classifier"),
+        ("clip_score", {"clip_scores": None}, "--clip_model"),
+        ("lpips", {"similarity": None}, "--lpips_similarity"),
+    ],
+)
+def test_what_is_lacking_is_said(evidence, family, change, words):
+    evidence = dataclasses.replace(evidence, **change)
+    assert words in lacking(evidence, MetricArguments(), family)
+    with pytest.raises(InputError, match=f"--metrics .*{words}"):
+        compute(evidence, MetricArguments(), family)
+
+
+def test_too_few_images_are_refused_before_and_after(evidence):
+    few = dataclasses.replace(evidence, generated=features(5, 0))
+    for action in (
+        lambda: check_counts(MetricArguments(metrics=["coverage"]), 5),
+        lambda: compute(few, MetricArguments(), "neighbours"),
+    ):
+        with pytest.raises(InputError, match="precision, recall, density, coverage: at least 6 images .* there are 5"):
+            action()
+    check_counts(MetricArguments(metrics=["fid"]), 5)
+    with pytest.raises(InputError, match="--metrics kid: at least 500 images"):
+        check_counts(MetricArguments(metrics=["kid"], kid_subset_size=500), 200)
+
+
+def test_families_of_named_metrics():
+    assert families_of(["recall", "fid", "coverage"]) == ["fid", "neighbours"]
+    assert families_of([]) == list(FAMILIES)
+
+
+def test_options_change_values(evidence):
+    def value(metric, **options):
+        return compute(evidence, MetricArguments(**options), METRICS[metric].family)[metric].value
+
+    assert value("precision", precision_k=1) < value("precision", precision_k=10)
+    assert value("coverage", coverage_k=1) < value("coverage", coverage_k=10)
+    assert value("rmd_top", rmd_top=0.01) > value("rmd_top", rmd_top=0.5)
+    assert value("rmd_mean", rmd_fit="train") != value("rmd_mean")
+    assert value("entropy", entropy_estimator="gaussian") != value("entropy")
+    distance = value("nearest_train_distance")
+    assert value("memorization_ratio", memorization_rule="distance", memorization_threshold=100 * distance) == 1
+    assert value("memorization_ratio", memorization_threshold=1e-9) == 0
+    assert value("kid", kid_subset_size=20) != value("kid", kid_subset_size=150)
+    assert value("inception_score", inception_score_splits=1) != value("inception_score")
+    assert value("topp_f1", topp_significance=0.9) != value("topp_f1")
+    assert value("lpips_diversity", lpips_pairs=1) != value("lpips_diversity")
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        ({"metrics": ["fdi"]}, "--metrics fdi: no such metric .*'fid'"),
+        ({"precision_k": 0}, "--precision_k is 0"),
+        ({"rmd_top": 0.0}, "--rmd_top is 0.0"),
+        ({"bootstrap": 5}, "--bootstrap is 5, .* at least 20"),
+        ({"clip_prompt": "a photo"}, "--clip_prompt"),
+        ({"memorization_threshold": 0.0}, "--memorization_threshold"),
+        ({"kid_subset_size": 1}, "--kid_subset_size is 1"),
+    ],
+)
+def test_bad_options(flags, words):
+    with pytest.raises(InputError, match=words):
+        MetricArguments(**flags)
+
+
+def test_labels_are_matched_by_name():
+    labels = torch.tensor([0, 1, 1])
+    assert match_labels(labels, ["b", "a"], ["a", "b", "c"], "x").tolist() == [1, 0, 0]
+    assert match_labels(labels, None, ["a", "b"], "x").tolist() == [0, 1, 1]
+    # WordNet ids and words for the same classes: in the same order.
+    assert match_labels(labels, ["n01", "n02"], ["cat", "dog"], "x").tolist() == [0, 1, 1]
+    with pytest.raises(InputError, match="x: it has no class 'z'"):
+        match_labels(labels, ["a", "z"], ["a", "b", "c"], "x")
