@@ -53,7 +53,7 @@ class Moments:
         return moments
 
     def update(self, batch: torch.Tensor, copies: torch.Tensor | None = None) -> "Moments":
-        """Adds images, and returns itself.
+        """Adds images, and returns itself. Every call passes over the D × D covariance: large batches are cheaper.
 
         Args:
             batch [B, D]: any floating type; B may be 0.
