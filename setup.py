@@ -19,6 +19,7 @@ INSTALL_REQUIRES = [
     "huggingface-hub>=1.0",
     "safetensors>=0.6",
     "scikit-learn>=1.5",
+    "scipy>=1.14",
     "matplotlib>=3.9",
     "numpy>=2.0",
     "fsspec>=2025.3",
@@ -35,7 +36,7 @@ EXTRAS = {
     "xformers": ["xformers"],
     "8bit": ["bitsandbytes"],
     "deepspeed": ["deepspeed>=0.18"],
-    "dev": ["pytest>=8.0", "ruff>=0.14", "scipy>=1.14", "prdc>=0.2", "top-pr>=0.2.1"],
+    "dev": ["pytest>=8.0", "ruff>=0.14", "prdc>=0.2", "top-pr>=0.2.1"],
 }
 
 setup(

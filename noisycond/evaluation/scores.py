@@ -106,7 +106,7 @@ def inception_score(*, logits: torch.Tensor, splits: int = 10, seed: int | None 
     Raises:
         InputError: fewer images than splits.
     """
-    require(splits >= 1, f"--is_splits {splits}: at least 1 is needed.")
+    require(splits >= 1, f"--inception_score_splits {splits}: at least 1 is needed.")
     count = len(logits)
     require(
         count >= splits,

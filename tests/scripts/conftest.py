@@ -1,8 +1,10 @@
 """A tiny setting in which a training script takes a second or two."""
 
 import json
+from pathlib import Path
 
 import pytest
+from launching import launch
 from tiny_models import UNET_CONFIG
 
 
@@ -44,3 +46,13 @@ def tiny(tmp_path, tiny_denoiser) -> list[str]:
         "cpu_threads_per_process": 1,
     }
     return [str(word) for name, value in flags.items() for word in (f"--{name}", value)]
+
+
+@pytest.fixture(scope="session")
+def untrained(tmp_path_factory) -> Path:
+    """A pipeline folder of the miniature, hardly trained; not to be written to."""
+    folder = tmp_path_factory.mktemp("pipeline") / "run"
+    words = ["--max_train_steps", 3, "--train_batch_size", 8, "--validation_images_per_class", 1]
+    done = launch("train_class_cond", "--output_dir", folder, "--learning_rate", 1e-2, "--report_to", "none", *words)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder

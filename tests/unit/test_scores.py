@@ -153,5 +153,5 @@ def test_every_image_is_in_a_split():
 def test_too_few_images_for_the_splits_are_refused():
     with pytest.raises(InputError, match=r"10 splits needs at least 10 images, but there are 9\.$"):
         inception_score(logits=normal(9, 3))
-    with pytest.raises(InputError, match="--is_splits 0"):
+    with pytest.raises(InputError, match="--inception_score_splits 0"):
         inception_score(logits=normal(9, 3), splits=0)

@@ -56,7 +56,11 @@ def evidence() -> Evidence:
 
 def test_every_metric_belongs_to_a_family_that_gives_it(evidence):
     assert {metric.family for metric in METRICS.values()} == set(FAMILIES)
-    found = {name: estimate for family in FAMILIES for name, estimate in compute(evidence, MetricArguments(), family).items()}
+    found = {
+        name: estimate
+        for family in FAMILIES
+        for name, estimate in compute(evidence, MetricArguments(), family).items()
+    }
     assert set(found) == set(METRICS)
     assert found["class_agreement"].value == 1 and found["clip_score"].value == 30
     assert all(isinstance(estimate.value, float) for estimate in found.values())
