@@ -144,9 +144,7 @@ def rmd(
 
 def _checked_labels(features: torch.Tensor, labels: torch.Tensor | None, kind: str) -> torch.Tensor:
     require(labels is not None, f"RMD needs classes, but the {kind} images have no labels.")
-    require(
-        len(labels) == len(features), f"RMD: there are {len(features)} {kind} images, but {len(labels)} labels of them."
-    )
+    require(len(labels) == len(features), f"RMD: there are {len(features)} {kind} images, but {len(labels)} labels.")
     return labels.to(torch.int64)
 
 

@@ -118,8 +118,8 @@ def topological_precision_recall(
     for name, points in sets.items():
         require(
             len(points) > neighbour,
-            f"TopP&R in {real.shape[1]} dimensions needs at least {neighbour + 1} {name} images (one more than 5 times "
-            f"the dimensions), but there are {len(points)}.",
+            f"TopP&R in {real.shape[1]} dimensions needs at least {neighbour + 1} {name} images (5 times the "
+            f"dimensions and one), but there are {len(points)}.",
         )
         bandwidths[name] = balloon_bandwidth(points, neighbour)
         require(

@@ -7,7 +7,12 @@ import torch
 
 from noisycond.errors import InputError
 from noisycond.evaluation import topology
-from noisycond.evaluation.topology import balloon_bandwidth, kernel_density, topological_precision_recall
+from noisycond.evaluation.topology import (
+    balloon_bandwidth,
+    density_and_band,
+    kernel_density,
+    topological_precision_recall,
+)
 
 
 def gaussian(size: int, dim: int = 6, seed: int = 0) -> torch.Tensor:
@@ -90,6 +95,14 @@ def test_kernel_density_by_hand():
     density = kernel_density(points, torch.tensor([[0.0], [2.0], [9.0]], dtype=torch.float64), 2.0)
     expected = torch.tensor([(1 + 0.5**0.5) / 3, 0.5**0.5 / 3, 0.0], dtype=torch.float64)
     assert (density - expected).abs().max() < 1e-12
+
+
+def test_the_band_is_as_wide_as_the_greatest_difference_up_or_down():
+    points = torch.tensor([[0.0], [0.0], [0.0], [10.0], [20.0]], dtype=torch.float64)
+    counts = torch.tensor([[1, 0, 0, 2, 2], [1, 1, 1, 2, 0]], dtype=torch.float64).T
+    density, band = density_and_band(points, 1.0, counts, significance=0.25)
+    assert (density - torch.tensor([0.6, 0.6, 0.6, 0.2, 0.2], dtype=torch.float64)).abs().max() < 1e-12
+    assert band == pytest.approx(0.2 + 0.75 * 0.2)  # the differences are -0.4 and ±0.2
 
 
 def test_estimates_resample_one_side_while_the_supports_stay():
