@@ -79,7 +79,9 @@ def open_for_drawing(name: str, args: SamplingArguments, accelerator: Accelerato
     pipeline = sampling.open_pipeline(name, args.trust_remote_code)
     if args.scheduler is not None:
         sampling.set_scheduler(pipeline, args.scheduler)
-    pipeline.to(accelerator.device, getattr(torch, args.torch_dtype))
+    pipeline.to(accelerator.device)
+    if args.torch_dtype != "float32":
+        pipeline.to(getattr(torch, args.torch_dtype))
     num_classes, class_names = sampling.number_of_classes(pipeline, name), sampling.class_names(name)
     return OpenPipeline(name, pipeline, sampling.fingerprint(pipeline), num_classes, class_names)
 

@@ -11,6 +11,7 @@ from PIL import Image
 
 from noisycond.errors import InputError, in_one_line, require
 from noisycond.evaluation.estimates import Estimate
+from noisycond.first_stage import state_hash
 
 
 # Hessel et al. scale by 2.5; most papers and torchmetrics give the cosine in percent.
@@ -95,9 +96,8 @@ class ClipScore:
         missing = sorted(loading["missing_keys"])
         require(not missing, f"--clip_model {model} has no weights for {len(missing)} tensors of a CLIP; {_OFFLINE}.")
         self.model = clip.to(device).eval()
-        self.weight, self.device, self.batch_size = weight, device, batch_size
+        self.name, self.weight, self.device, self.batch_size = model, weight, device, batch_size
 
-    @torch.no_grad()
     def score(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> torch.Tensor:
         """One score per image and its prompt. A repeated prompt is encoded once; what is beyond the text encoder's
         length is cut off.
@@ -117,15 +117,34 @@ class ClipScore:
         if not images:
             return torch.zeros(0)
         different = list(dict.fromkeys(prompts))
-        texts = torch.cat([self._embed_texts(different[rows]) for rows in self._batches(len(different))])
+        texts = self.embed_texts(different)
         places = {prompt: place for place, prompt in enumerate(different)}
         chosen = torch.tensor([places[prompt] for prompt in prompts])
         pictures = torch.cat([self._embed_images(images[rows]) for rows in self._batches(len(images))])
-        return self.weight * (pictures * texts[chosen]).sum(dim=1).clamp(min=0.0)
+        return self.compare(pictures, texts[chosen])
+
+    def settings(self) -> dict:
+        """What decides the scores, as JSON values."""
+        return {"model": self.name, "weights": state_hash(self.model), "weight": self.weight}
+
+    def extract(self, images: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        """Unit embeddings of images, uint8 [B, 3, H, W] in [0, 255], float32 [B, E]; as a feature extractor gives
+        them."""
+        pictures = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in images]
+        return self._embed_images(pictures), None, None
+
+    def embed_texts(self, prompts: Sequence[str]) -> torch.Tensor:
+        """Unit embeddings of prompts, float32 [B, E]."""
+        return torch.cat([self._embed_texts(list(prompts[rows])) for rows in self._batches(len(prompts))])
+
+    def compare(self, pictures: torch.Tensor, texts: torch.Tensor) -> torch.Tensor:
+        """Scores float32 [M], in [0, w], of unit embeddings of images and of their prompts, each float32 [M, E]."""
+        return self.weight * (pictures * texts).sum(dim=1).clamp(min=0.0)
 
     def _batches(self, count: int) -> list[slice]:
         return [slice(start, start + self.batch_size) for start in range(0, count, self.batch_size)]
 
+    @torch.no_grad()
     def _embed_texts(self, prompts: list[str]) -> torch.Tensor:
         """Unit vectors, float32 [B, E]."""
         longest = self.model.config.text_config.max_position_embeddings
@@ -134,6 +153,7 @@ class ClipScore:
         )
         return self._unit(self.model.get_text_features(**inputs.to(self.device)))
 
+    @torch.no_grad()
     def _embed_images(self, images: Sequence[Image.Image]) -> torch.Tensor:
         """Unit vectors, float32 [B, E]."""
         inputs = self.processor.image_processor([image.convert("RGB") for image in images], return_tensors="pt")

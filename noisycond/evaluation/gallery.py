@@ -20,6 +20,7 @@ from noisycond.generation import open_for_drawing
 logger = logging.getLogger(__name__)
 CANDIDATES = 2000  # generated images among which the most memorized are looked for
 ROWS, NEIGHBOURS = 6, 4
+GRIDS = 8  # sample grids side by side
 
 
 def draw_figures(
@@ -30,8 +31,8 @@ def draw_figures(
     folder: Path,
     resize: Resize,
 ) -> list[Path]:
-    """Draws samples.png, memorized-<label>.png where there are training images, and walk-<label>.png and .webp of each
-    pipeline, all at the first guidance scale and seed.
+    """Draws samples.png, of every label and guidance scale, memorized-<label>.png where there are training images, and
+    walk-<label>.png and .webp of each pipeline; all of the first run and seed, the latter two of the first scale.
 
     Args:
         args: the arguments of evaluate_model.py. evidence: of each set.
@@ -39,10 +40,12 @@ def draw_figures(
     Returns:
         What was written.
     """
-    first = {}  # of each label, the first run
+    # Of each label, and of each of its guidance scales, the first run and seed.
+    first, first_of_scale = {}, {}
     for image_set, seen in zip(sets, evidence, strict=True):
         first.setdefault(image_set.label, (image_set, seen))
-    written = [draw_samples(args, [image_set for image_set, _ in first.values()], folder / "samples.png")]
+        first_of_scale.setdefault((image_set.label, image_set.guidance_scale), image_set)
+    written = [draw_samples(list(first_of_scale.values())[:GRIDS], folder / "samples.png")]
     for label, (image_set, seen) in first.items():
         place = re.sub(r"[^\w.+-]", "_", label)
         if train is not None and train.source is not None and seen.train is not None:
@@ -52,7 +55,7 @@ def draw_figures(
     return written
 
 
-def draw_samples(args, sets: Sequence[ImageSet], path: Path) -> Path:
+def draw_samples(sets: Sequence[ImageSet], path: Path) -> Path:
     """The first images of at most ten classes of each set, a row per class; without labels, the first images."""
     per_class, shown = 5, {}
     count = min(len(image_set.source) for image_set in sets)
