@@ -51,8 +51,8 @@ class _Cloud:
         # A sum of D products is off by D units at worst and by about sqrt(D) in practice: eight times that is beyond
         # all chance (Higham & Mary, SIAM J. Sci. Comput. 41, 2019). Centring, norms and sums add less than 32 units.
         self.slack = (min(dim, 8 * math.sqrt(dim)) + 32) * torch.finfo(dtype).eps / 2
-        squares = [self.block(span).square_().sum(dim=1) for span in self.spans()]
-        self.squares = torch.cat(squares).to("cpu", torch.float64)
+        squares = [self.block(span).square_().sum(dim=1).to("cpu", torch.float64) for span in self.spans()]
+        self.squares = torch.cat(squares) if squares else torch.zeros(0, dtype=torch.float64)
         self.low = (self.squares * (1 - self.slack)).to(self.device, dtype)
 
     def __len__(self) -> int:
@@ -105,17 +105,18 @@ class _Smallest:
         bound = self.values[points, -1]
         # Comparing is cheap, sorting is not: after the first tiles only a few distances per point are news.
         news = tile < (bound[:, None] if axis == 0 else bound)
-        rows, columns = _positions(news)
-        if len(rows) * DENSE > news.numel():
+        places = _places(news)
+        if len(places) * DENSE > news.numel():
             tile = tile if axis == 0 else tile.T.contiguous()
             values, indices = tile.topk(min(self.values.shape[1], tile.shape[1]), largest=False)
         else:
+            rows, columns = places // tile.shape[1], places % tile.shape[1]
             own, indices = (rows, columns) if axis == 0 else (columns, rows)
-            values, indices = _padded(own, indices, tile[rows, columns], len(bound))
+            values, indices = _padded(own, indices, tile.view(-1)[places], len(bound))
         values = torch.cat([self.values[points], values], dim=1)
         indices = torch.cat([self.indices[points], indices + others.start], dim=1)
-        self.values[points], places = values.topk(self.values.shape[1], largest=False)
-        self.indices[points] = indices.gather(1, places)
+        self.values[points], kept = values.topk(self.values.shape[1], largest=False)
+        self.indices[points] = indices.gather(1, kept)
 
 
 def _padded(own: torch.Tensor, indices: torch.Tensor, values: torch.Tensor, size: int) -> tuple:
@@ -132,13 +133,11 @@ def _padded(own: torch.Tensor, indices: torch.Tensor, values: torch.Tensor, size
     return matrix, positions
 
 
-def _positions(mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows and columns of the true entries of a matrix, in order."""
+def _places(mask: torch.Tensor) -> torch.Tensor:
+    """Where the flattened matrix is true, int64 [P] in ascending order."""
     if mask.device.type == "cpu":  # NumPy finds a few true entries several times faster
-        flat = torch.from_numpy(np.flatnonzero(mask.numpy()))
-    else:
-        flat = mask.flatten().nonzero()[:, 0]
-    return flat // mask.shape[1], flat % mask.shape[1]
+        return torch.from_numpy(np.flatnonzero(mask.numpy()))
+    return mask.flatten().nonzero()[:, 0]
 
 
 def _squared_distances(one: torch.Tensor, other: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor):
@@ -155,9 +154,9 @@ def _squared_distances(one: torch.Tensor, other: torch.Tensor, rows: torch.Tenso
 
 
 def _centre(*sets: torch.Tensor) -> torch.Tensor:
-    """About the mean over all points of several sets, [D] in float64; any centre would do, a near one is best."""
+    """About the mean over all points of several sets, float64 [D]: any centre would do that float32 can hold."""
     total = sum(part.sum(dim=0).to(torch.float64) for points in sets for part in points.split(TILE))
-    return total / sum(len(points) for points in sets)
+    return (total / sum(len(points) for points in sets)).to(torch.float32).to(torch.float64)
 
 
 def kth_squared(points: torch.Tensor, ks: Sequence[int], device, progress: bool, description: str) -> torch.Tensor:
@@ -220,21 +219,16 @@ def pairs_within(
         block = clouds[0].block(rows)
         for columns in clouds[1].spans():
             tile = tiles.low(rows, columns, block)
-            i, j = _positions((tile <= reach[0][rows, None]).logical_or_(tile <= reach[1][columns]))
-            low = tile[i, j].to("cpu", torch.float64)
-            i, j = i.cpu() + rows.start, j.cpu() + columns.start
+            places = _places((tile <= reach[0][rows, None]).logical_or_(tile <= reach[1][columns]))
+            low, places = tile.view(-1)[places].to("cpu", torch.float64), places.cpu()
+            i, j = places // tile.shape[1] + rows.start, places % tile.shape[1] + columns.start
             borders = torch.cat([radii[i], other_radii[j]], dim=1)
             squared = _high(*clouds, low, i, j)
             left = _left_open(low, squared, borders)
             if len(left) * OPEN > tile.numel():
                 finer = finer or tuple(cloud.finer() for cloud in clouds)
-                low[left] = (
-                    _Tiles(*finer)
-                    .low(rows, columns, finer[0].block(rows))[
-                        (i[left] - rows.start).to(tile.device), (j[left] - columns.start).to(tile.device)
-                    ]
-                    .cpu()
-                )
+                tile = _Tiles(*finer).low(rows, columns, finer[0].block(rows)).cpu()
+                low[left] = tile.view(-1)[places[left]]
                 squared[left] = _high(*finer, low[left], i[left], j[left])
                 left = left[_left_open(low[left], squared[left], borders[left])]
             squared[left] = _squared_distances(one, other, i[left], j[left])
