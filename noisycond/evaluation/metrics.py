@@ -25,8 +25,8 @@ class Metric:
 
 
 METRICS = {
-    "fid": Metric("FID", "lower", "fid"),
-    "sfid": Metric("sFID", "lower", "sfid"),
+    "fid": Metric("FID", "lower", "fid", 2),
+    "sfid": Metric("sFID", "lower", "sfid", 2),
     "inception_score": Metric("IS", "higher", "inception_score", 2),
     "kid": Metric("KID", "lower", "kid", 5),
     "precision": Metric("precision", "higher", "neighbours"),

@@ -87,7 +87,7 @@ class MetricArguments(Arguments):
         for name in ("bootstrap", "metric_seed"):
             require(getattr(self, name) >= 0, f"--{name} is {getattr(self, name)}, but it must not be negative.")
         require(
-            self.bootstrap == 0 or self.bootstrap >= 20,
-            f"--bootstrap is {self.bootstrap}, but a 95 % interval needs at least 20 replicates.",
+            self.bootstrap == 0 or self.bootstrap >= 40,
+            f"--bootstrap is {self.bootstrap}, but a 95 % interval needs at least 40 replicates.",
         )
         require("{}" in self.clip_prompt, f"--clip_prompt is {self.clip_prompt!r}, but must hold {{}} for the class.")

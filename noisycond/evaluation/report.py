@@ -14,6 +14,7 @@ from noisycond.run_folder import write_atomically
 
 MISSING = "–"
 INCONCLUSIVE = "≈"
+WIDE = 8  # more metrics than these, and than lines, make a table that is turned: a line per metric
 
 
 def write_report(folder: str | Path, rows: Sequence[dict], settings: dict, metrics: Sequence[str]) -> str:
@@ -42,7 +43,8 @@ def write_report(folder: str | Path, rows: Sequence[dict], settings: dict, metri
 
 
 def metrics_table(summaries: Sequence[Summary], metrics: Sequence[str]) -> str:
-    """A Markdown table, a line per guidance scale and label, and below it what its marks mean.
+    """A Markdown table, a line per guidance scale and label (or, of many metrics, a line per metric), and below it
+    what its marks mean.
 
     The best of each metric and guidance scale is bold, and a value whose gap to it is below the spread is marked. The
     best is not bold where a gap to it cannot be judged for want of a spread, and where all are equal.
@@ -59,8 +61,18 @@ def metrics_table(summaries: Sequence[Summary], metrics: Sequence[str]) -> str:
             first = [_escaped(summary.label), _scale(scale), images, _repeats(summary)]
             lines.append(first + [column[number] for column in columns])
     head = ["label", "guidance", "images", "over"] + [_metric(name).heading for name in metrics]
-    table = _markdown_table(head, lines, left=(0, 3))
+    if len(metrics) > max(WIDE, len(lines)):
+        table = _markdown_table(*_transposed(head, lines), left=(0,))
+    else:
+        table = _markdown_table(head, lines, left=(0, 3))
     return "\n\n".join([table, *_legend(summaries, metrics, table), *notes])
+
+
+def _transposed(head: Sequence[str], lines: Sequence[Sequence[str]]) -> tuple[list[str], list[list[str]]]:
+    """The table with a line per metric and a column per label and guidance scale."""
+    names = [label if scale == MISSING else f"{label}, {scale}" for label, scale, *_ in lines]
+    body = [list(column) for column in zip(head, *lines, strict=True)]
+    return ["label, guidance" if any(scale != MISSING for _, scale, *_ in lines) else "label", *names], body[2:]
 
 
 def plot_metrics(folder: str | Path, summaries: Sequence[Summary], metrics: Sequence[str]) -> Path:

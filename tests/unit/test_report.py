@@ -213,3 +213,17 @@ class TestPlots:
         assert [(line.get_xdata()[0], line.get_ydata()[0]) for line in points] == [(1.5, 0), (3, 1)]
         assert np.abs(axes.containers[1].lines[2][0].get_segments()[0][:, 0] - [2, 5]).max() < 1e-6
         assert not figure.legends and "bootstrap" in figure.get_supxlabel()
+
+
+def test_a_table_of_many_metrics_is_turned():
+    names = ["fid", "sfid", "kid", "precision", "recall", "density", "coverage", "rmd_top", "entropy"]
+    metrics = {name: {"value": number / 10, "interval": None} for number, name in enumerate(names)}
+    rows = [
+        {"label": "a", "pipeline": "a", "images": "x", "guidance_scale": scale, "seed": 0, "num_images": 9}
+        | {"metrics": metrics, "skipped": {}}
+        for scale in (1.0, 2.5)
+    ]
+    lines = metrics_table(summarize(rows), names).splitlines()
+    assert [cell.strip() for cell in lines[0].split("|")[1:-1]] == ["label, guidance", "a, 1", "a, 2.5"]
+    assert len(lines[2:]) >= 2 + len(names) and "| recall ↑" in lines[8] and lines[8].count("0.400") == 2
+    assert metrics_table(summarize(rows), names[:8]).splitlines()[0].count("↓") == 3

@@ -130,7 +130,7 @@ def test_options_change_values(evidence):
         ({"metrics": ["fdi"]}, "--metrics fdi: no such metric .*'fid'"),
         ({"precision_k": 0}, "--precision_k is 0"),
         ({"rmd_top": 0.0}, "--rmd_top is 0.0"),
-        ({"bootstrap": 5}, "--bootstrap is 5, .* at least 20"),
+        ({"bootstrap": 5}, "--bootstrap is 5, .* at least 40"),
         ({"clip_prompt": "a photo"}, "--clip_prompt"),
         ({"memorization_threshold": 0.0}, "--memorization_threshold"),
         ({"kid_subset_size": 1}, "--kid_subset_size is 1"),
