@@ -156,7 +156,7 @@ class ClipScore:
     @torch.no_grad()
     def _embed_images(self, images: Sequence[Image.Image]) -> torch.Tensor:
         """Unit vectors, float32 [B, E]."""
-        inputs = self.processor.image_processor([image.convert("RGB") for image in images], return_tensors="pt")
+        inputs = self.processor.image_processor(list(images), return_tensors="pt")
         return self._unit(self.model.get_image_features(pixel_values=inputs["pixel_values"].to(self.device)))
 
     @staticmethod

@@ -26,7 +26,9 @@ def sample_entropy(features: torch.Tensor, estimator: EntropyEstimator = "knn", 
     The estimator behind published sample entropies is often not said; the default is the one by nearest neighbours,
     because it is defined for fewer images than features and sees that a distribution has parts: the Gaussian one, a
     function of the covariance alone, calls a few tight clusters far apart as diverse as the cloud that fills the space
-    between them. Either depends on the extractor, on D and on N: compare sets of one size in one feature space.
+    between them. Both are biased where D is large for N, the one by neighbours upwards and the Gaussian one downwards
+    (a standard normal of 2,906 nats, D = 2,048, comes out of 10,000 samples as 3,525 and 2,793): compare sets of one
+    size in one feature space.
 
     Args:
         features [N, D]: float32; may be memory-mapped.

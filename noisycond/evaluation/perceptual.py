@@ -56,6 +56,7 @@ def lpips_diversity(
     if labels is None:
         require(count is not None, "LPIPS diversity of images without labels needs to know how many there are.")
         labels = torch.zeros(count, dtype=torch.int64)
+    require(len(labels) > 0, "LPIPS diversity needs at least 2 generated images, but there are 0.")
     first, second, groups = intra_class_pairs(labels, pairs, seed)
     require(
         len(first) > 0,
@@ -92,19 +93,16 @@ def intra_class_pairs(
         labels [M]: int64. pairs: per class. seed: of the draws, which for a class depend on its label and size alone.
 
     Returns:
-        Positions of the two images and the number of their class among those that have pairs: int64 [P] each.
+        Positions of the two images and the place of their class in ascending order: int64 [P] each.
     """
     firsts, seconds, groups = [], [], []
     for label in labels.unique().tolist():
         members = (labels == label).nonzero()[:, 0]
-        if len(members) < 2:
-            continue
         smaller, larger = _pairs_among(len(members), pairs, seed, label % 2**32)
         firsts.append(members[smaller])
         seconds.append(members[larger])
         groups.append(torch.full_like(smaller, len(groups)))
-    nothing = torch.zeros(0, dtype=torch.int64)
-    return tuple(torch.cat([nothing, *parts]) for parts in (firsts, seconds, groups))
+    return torch.cat(firsts), torch.cat(seconds), torch.cat(groups)
 
 
 def _pairs_among(size: int, pairs: int, seed: int, epoch: int) -> tuple[torch.Tensor, torch.Tensor]:

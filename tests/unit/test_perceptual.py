@@ -90,6 +90,7 @@ def test_resampled_over_images():
 @pytest.mark.parametrize(
     ("labels", "options", "sentence"),
     [
+        (torch.zeros(0, dtype=torch.int64), {}, "at least 2 generated images, but there are 0"),
         (torch.tensor([0, 1, 2]), {}, "2 generated images of one class, but there are 3 images of 3 classes"),
         (torch.tensor([0, 0, 0]), {"pairs": 0}, "at least 1 pair per class, not 0"),
     ],
