@@ -6,18 +6,16 @@ Letters: N images, D features.
 
 import math
 import warnings
-from collections.abc import Sequence
 from typing import Literal, get_args
 
 import torch
 
 from noisycond.errors import InputError, require
 from noisycond.evaluation.estimates import Estimate
+from noisycond.evaluation.neighbours import kth_neighbour_distances
 
 
 EntropyEstimator = Literal["knn", "gaussian"]
-# Elements of a block of distances in float32: 64 MB.
-_BLOCK = 1 << 24
 
 
 def sample_entropy(features: torch.Tensor, estimator: EntropyEstimator = "knn", k: int = 5) -> Estimate:
@@ -70,7 +68,7 @@ def nearest_neighbour_entropy(features: torch.Tensor, k: int = 5) -> Estimate:
     )
     floor = torch.finfo(torch.float32).eps * _spread(features)
     require(floor > 0, f"entropy is not defined: all {size} images have the same features.")
-    distances = _kth_neighbour_distances(features, [k])[:, 0]
+    distances = kth_neighbour_distances(features, [k])[:, 0]
     copied = int((distances < floor).sum())
     if copied:
         warnings.warn(
@@ -132,22 +130,3 @@ def _spread(features: torch.Tensor) -> float:
 
 def _digamma(number: int) -> float:
     return torch.tensor(number, dtype=torch.float64).digamma().item()
-
-
-def _kth_neighbour_distances(points: torch.Tensor, ks: Sequence[int]) -> torch.Tensor:
-    """The Euclidean distance of each point to its k-th nearest other point, for each k: float64 [N, len(ks)]. Which
-    point that is, is found by products in float32 on blocks; its distance is then computed from the difference, so
-    that copies are at 0."""
-    points = points.to(torch.float32)
-    centred = points - points.mean(dim=0)
-    norms, distances = centred.square().sum(dim=1), []
-    step = max(1, _BLOCK // len(points))
-    for start in range(0, len(points), step):
-        rows = torch.arange(start, min(start + step, len(points)))
-        block = norms + norms[rows, None]
-        block.addmm_(centred[rows], centred.T, alpha=-2)
-        block[torch.arange(len(rows)), rows] = torch.inf
-        order = block.topk(max(ks), dim=1, largest=False).indices
-        here = points[rows].to(torch.float64)
-        distances.append(torch.stack([(here - points[order[:, k - 1]]).norm(dim=1) for k in ks], dim=1))
-    return torch.cat(distances)

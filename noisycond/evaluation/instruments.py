@@ -3,7 +3,7 @@ once, before any image is drawn, so that missing weights are known first.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -76,6 +76,8 @@ class Extraction:
     """How sets of images are turned into evidence.
 
     Attributes:
+        resize: of real images. Generated ones are resized only where --resolution asks for it: else they have this
+            size, or are refused.
         device: where distances are computed. folder: where features are kept; None keeps them in memory.
         accelerator: the processes that share the work; needed with a folder.
         batch_size: images per pass. workers: processes that read images; 0 reads in this one.
@@ -105,6 +107,8 @@ class Extraction:
 
     def evidence(self, option: str, source: ImageSource) -> Evidence:
         """What the metrics of a set of generated images are computed from, but for the reference."""
+        if self.options.resolution is None and self.resize.resolution is not None:
+            return replace(self, resize=Resize()).evidence(option, source)
         features, instruments = self.features(option, source), self.instruments
         evidence = Evidence(features, source.class_names, similarity=instruments.similarity)
         evidence.device = self.device

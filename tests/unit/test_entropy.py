@@ -3,11 +3,9 @@
 import math
 
 import pytest
-import scipy.spatial
 import torch
 
 from noisycond.errors import InputError
-from noisycond.evaluation import entropy
 from noisycond.evaluation.entropy import gaussian_entropy, nearest_neighbour_entropy, sample_entropy
 
 
@@ -75,14 +73,6 @@ def test_more_copies_lower_entropy_and_it_stays_a_number():
 def test_fewer_than_k_copies_need_no_help():
     points = normal(300, 4)
     assert math.isfinite(nearest_neighbour_entropy(torch.cat([points, points]), k=3).value)
-
-
-@pytest.mark.parametrize("block", [1 << 24, 700])
-def test_neighbours_are_those_of_scipy_far_from_the_origin_too(monkeypatch, block):
-    monkeypatch.setattr(entropy, "_BLOCK", block)
-    points = torch.cat([normal(200, 10) + 1000.0, normal(3, 10).repeat(3, 1) + 1000.0])
-    expected = scipy.spatial.KDTree(points.double().numpy()).query(points.double().numpy(), k=[2, 4])[0]
-    assert (entropy._kth_neighbour_distances(points, [1, 3]) - torch.tensor(expected)).abs().max() < 1e-9
 
 
 def test_resampled():
