@@ -9,6 +9,8 @@ from launching import ROOT, load_script
 
 from noisycond.arguments import Arguments, parse_arguments
 from noisycond.convert import ConvertArguments, with_flags
+from noisycond.evaluation.metrics import METRICS
+from noisycond.evaluation.options import MetricArguments
 from noisycond.recipes import recipe_names
 
 
@@ -16,11 +18,18 @@ CHECKPOINTS = (ROOT / "docs/checkpoints.md").read_text(encoding="utf-8")
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 RECIPES_README = (ROOT / "recipes/README.md").read_text(encoding="utf-8")
 SCALING = (ROOT / "docs/scaling.md").read_text(encoding="utf-8")
-DOCS = {"README.md": README, "recipes/README.md": RECIPES_README, "docs/scaling.md": SCALING}
+METRICS_PAGE = (ROOT / "docs/metrics.md").read_text(encoding="utf-8")
+DOCS = {
+    "README.md": README,
+    "recipes/README.md": RECIPES_README,
+    "docs/scaling.md": SCALING,
+    "docs/metrics.md": METRICS_PAGE,
+}
 SCRIPTS = {
     "train_class_cond.py": ("ClassCondArguments", "digits_dit_mini"),
     "train_autoencoder.py": ("AutoencoderArguments", "digits_kl"),
     "generate.py": ("GenerateArguments", None),
+    "evaluate_model.py": ("EvaluateArguments", None),
 }
 
 
@@ -30,7 +39,8 @@ def arguments_class(script: str) -> type[Arguments]:
 
 def commands(text: str) -> list[str]:
     blocks = re.findall(r"```bash\n(.*?)```", text, re.S)
-    return [line for block in blocks for line in block.splitlines() if re.search(r"\w+\.py\b", line)]
+    lines = [line for block in blocks for line in block.splitlines()]
+    return [line for line in lines if re.search(r"(?<![/\w])\w+\.py\b", line)]
 
 
 def test_there_are_commands():
@@ -104,9 +114,20 @@ def test_every_recipe_is_in_the_table_of_recipes():
     assert set(recipe_names()) == {name for name in names if not name.endswith(".py")}
 
 
+def test_every_metric_and_its_choices_are_told():
+    told = set(re.findall(r"`(\w+)`", METRICS_PAGE))
+    assert set(METRICS) <= told
+    flags = {item.name for item in dataclasses.fields(arguments_class("evaluate_model.py"))}
+    for name in re.findall(r"`--(\w+)", METRICS_PAGE):
+        assert name in flags | {"eval_steps", "eval_num_images", "eval_metrics"}, name
+    defaults = {item.name: item.default for item in dataclasses.fields(MetricArguments)}
+    for name, value in re.findall(r"`--(\w+)` ([\d.]+)", METRICS_PAGE):
+        assert str(defaults[name]) == value or (name, value) == ("kid_subset_size", "1000"), name
+
+
 def test_files_named_in_the_docs_exist():
-    for text in (RECIPES_README, SCALING):
-        for name in re.findall(r"\b(?:recipes|docs)/[\w/]+\.\w+", text):
+    for text in (RECIPES_README, SCALING, METRICS_PAGE):
+        for name in re.findall(r"\b(?:recipes|docs|benchmarks)/[\w/]+\.\w+", text):
             assert (ROOT / name).exists(), name
 
 

@@ -19,19 +19,34 @@ PATHS = [RECIPES / f"{name}.yaml" for name in recipe_names()]
 AUTOENCODERS = {"digits_kl", "digits_vq"}
 # Channels and factor of first stages that are not on this machine.
 REMOTE = {"stabilityai/sd-vae-ft-ema": (4, 8), "CompVis/ldm-celebahq-256": (3, 4)}
-every_recipe = pytest.mark.parametrize("path", PATHS, ids=lambda path: str(path.relative_to(RECIPES)))
+SCRIPTS = {  # which script reads a recipe
+    "train_autoencoder": "AutoencoderArguments",
+    "evaluate_model": "EvaluateArguments",
+    "train_class_cond": "ClassCondArguments",
+}
+
+
+def script_of(path: Path) -> str:
+    if path.stem in AUTOENCODERS:
+        return "train_autoencoder"
+    return "evaluate_model" if path.stem.endswith("_evaluation") else "train_class_cond"
+
+
+def each(paths: list[Path]):
+    return pytest.mark.parametrize("path", paths, ids=lambda path: str(path.relative_to(RECIPES)))
+
+
+every_recipe = each(PATHS)
+TRAINING = [path for path in PATHS if script_of(path) != "evaluate_model"]
 # Those that build on another have its model.
-MODELS = [path for path in PATHS if path.parent == RECIPES]
+MODELS = [path for path in TRAINING if path.parent == RECIPES]
 
 
 def parse(path: Path, *argv):
-    name = str(path.relative_to(RECIPES)).removesuffix(".yaml")
-    module, cls = (
-        ("train_autoencoder", "AutoencoderArguments")
-        if path.stem in AUTOENCODERS
-        else ("train_class_cond", "ClassCondArguments")
-    )
-    return parse_arguments(getattr(load_script(module), cls), ["--recipe", name, *argv])
+    name, script = str(path.relative_to(RECIPES)).removesuffix(".yaml"), script_of(path)
+    if script == "evaluate_model":
+        argv = [*argv, "--pipeline", "runs/demo"]
+    return parse_arguments(getattr(load_script(script), SCRIPTS[script]), ["--recipe", name, *argv])
 
 
 def test_there_are_recipes():
@@ -65,7 +80,7 @@ def test_every_value_says_where_it_comes_from(path):
 
 
 def test_a_recipe_writes_into_a_folder_of_its_own():
-    folders = [parse(path).output_dir for path in PATHS]
+    folders = [parse(path).output_dir for path in TRAINING]
     assert len(set(folders)) == len(folders)
 
 
@@ -91,11 +106,11 @@ def test_global_batches_of_the_papers():
         assert (args.max_train_steps, args.num_classes) == (steps, 1000)
 
 
-@every_recipe
+@each(TRAINING)
 def test_dry_run(path, script, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # a recipe's output folder is relative
     name = str(path.relative_to(RECIPES)).removesuffix(".yaml")
-    script("train_autoencoder" if path.stem in AUTOENCODERS else "train_class_cond", "--recipe", name, "--dry_run")
+    script(script_of(path), "--recipe", name, "--dry_run")
     said = capsys.readouterr().out
     for words in ("parameters", "trainable", "global batch", "optimizer steps", "memory per device", "weights"):
         assert words in said
