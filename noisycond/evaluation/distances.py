@@ -25,12 +25,11 @@ OPEN = 64  # a tile of which more than one in so many distances are left open is
 
 @contextmanager
 def exact_products() -> Iterator[None]:
-    """No TF32, bfloat16 or autocast, whatever is set outside: the bounds of distances are those of float32."""
+    """No TF32 or bfloat16, whatever is set outside: the bounds of distances are those of float32."""
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
-        with torch.no_grad(), torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
-            yield
+        yield
     finally:
         torch.set_float32_matmul_precision(precision)
 

@@ -88,7 +88,8 @@ def distances_between(one: torch.Tensor, other: torch.Tensor) -> np.ndarray:
     return np.einsum("pd,pd->p", flat, flat).reshape(difference.shape[:2])
 
 
-def test_what_products_leave_open_is_few(monkeypatch):
+@pytest.mark.parametrize(("make", "per_point"), [(normal, 4), (clusters, 30)])
+def test_what_products_leave_open_is_few(make, per_point, monkeypatch):
     """Speed rests on it: of 90,000 distances per matrix nearly all are decided by their bounds."""
     computed, exact = [], distances._squared_distances
 
@@ -97,12 +98,13 @@ def test_what_products_leave_open_is_few(monkeypatch):
         return exact(one, other, rows, columns)
 
     monkeypatch.setattr(distances, "_squared_distances", counting)
-    precision_recall_density_coverage(real=normal(300, 200), generated=normal(300, 200, seed=1))
-    assert sum(computed) < 300 * 4
+    precision_recall_density_coverage(real=make(300, 200), generated=make(300, 200, seed=1))
+    assert sum(computed) < 300 * per_point
 
 
-def test_bounds_hold_and_are_narrow():
-    one, other = normal(200, 500) + 3, normal(300, 500, seed=1) * 2
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_bounds_hold_and_are_narrow(dtype):
+    one, other = normal(200, 500) + 3000, (normal(300, 500, seed=1) * 2 + 3000).to(dtype)
     centre = distances._centre(one, other)
     clouds = [distances._Cloud(points, centre, None, torch.float32) for points in (one, other)]
     low = distances._Tiles(*clouds).low(slice(0, 200), slice(0, 300), clouds[0].block(slice(0, 200))).double()
@@ -172,16 +174,25 @@ def test_estimates_resample_what_they_count():
     assert estimates["density"].resample(chosen[None]) == found.hits[chosen].item() / 5
 
 
-def test_settings_of_matrix_products_do_not_matter():
-    before = torch.get_float32_matmul_precision()
-    points = normal(200, 64) + 10
+def test_settings_of_matrix_products_do_not_matter(monkeypatch):
+    seen, product = [], torch.addmm
+
+    def watched(*args, **options):
+        seen.append(torch.get_float32_matmul_precision())
+        return product(*args, **options)
+
+    monkeypatch.setattr(torch, "addmm", watched)
+    before, points = torch.get_float32_matmul_precision(), normal(200, 64) + 10
     torch.set_float32_matmul_precision("medium")
     try:
         with torch.autocast("cpu", torch.bfloat16):
             found = kth_neighbour_distances(points, (3,))
+            nearest(queries=points, points=points)
+            precision_recall_density_coverage(real=points, generated=points)
         assert torch.get_float32_matmul_precision() == "medium"
     finally:
         torch.set_float32_matmul_precision(before)
+    assert set(seen) == {"highest"}
     assert (found[:, 0] - others(points).sort(dim=1).values[:, 2]).abs().max() < 1e-10
 
 
