@@ -6,6 +6,7 @@ Letters: N images, K classes.
 import hashlib
 import inspect
 import json
+import logging
 from collections.abc import Sequence
 from contextlib import contextmanager
 
@@ -146,7 +147,8 @@ def open_pipeline(name_or_path: str, trust_remote_code: bool = False) -> Diffusi
     """
     try:
         kind = OWN_PIPELINES.get(pipeline_class_name(name_or_path), DiffusionPipeline)
-        pipeline = kind.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
+        with _without_the_note_on_id2label():
+            pipeline = kind.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())
         raise InputError(f"--pipeline {name_or_path}: diffusers cannot open it ({reason}).") from error
@@ -154,6 +156,21 @@ def open_pipeline(name_or_path: str, trust_remote_code: bool = False) -> Diffusi
         raise InputError(f"--pipeline {name_or_path}: a {type(pipeline).__name__} does not take class labels.")
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+@contextmanager
+def _without_the_note_on_id2label():
+    """A context in which diffusers does not remark that JSON keeps labels as text; its own pipeline reads them so."""
+    logger = logging.getLogger("diffusers.pipelines.pipeline_utils")
+
+    def is_another(record: logging.LogRecord) -> bool:
+        return not record.getMessage().startswith("Expected types for id2label")
+
+    logger.addFilter(is_another)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_another)
 
 
 def pipeline_class_name(name_or_path: str) -> str | None:

@@ -134,7 +134,7 @@ def extract_features(
     def work() -> None:
         bar = tqdm(
             total=sum(len(chunks[i]) for i in mine),
-            desc=f"features of {option} {Path(source.name(0)).parent.name or source.name(0)}",
+            desc=f"features of {option}",
             unit="image",
             disable=not accelerator.is_main_process or not mine,
         )
