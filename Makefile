@@ -28,8 +28,11 @@ demo: $(READY)
 	rm -rf runs/demo-evaluation
 	$(BIN)/accelerate launch evaluate_model.py --recipe digits_evaluation --pipeline runs/demo --output_dir runs/demo-evaluation
 
+# Two tests at a time. Threads that wait for work must not spin then: each would take the core of the other test.
+test: export GOMP_SPINCOUNT = 0
+test: export OMP_WAIT_POLICY = PASSIVE
 test: $(READY)
-	$(BIN)/python -m pytest tests
+	$(BIN)/python -m pytest tests --numprocesses 2 --dist worksteal
 
 quality: $(READY)
 	$(BIN)/ruff check $(SOURCES)

@@ -22,7 +22,7 @@ def launch_command(name: str, *argv, processes: int = 1) -> list[str]:
     """The command line a user types."""
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(processes)]
     if processes > 1:  # the launcher's name for several processes; without a GPU they run on CPU
-        launcher.append("--multi_gpu")
+        launcher += ["--multi_gpu", "--main_process_port", "0"]  # any free port: tests run side by side
     return [*launcher, str(ROOT / f"{name}.py"), *map(str, argv)]
 
 
