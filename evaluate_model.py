@@ -5,12 +5,12 @@ accelerate launch evaluate_model.py --pipeline runs/demo --reference digits --nu
 """
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 
 try:
-    from noisycond import hardware
+    from noisycond import hardware, sampling
     from noisycond.arguments import SamplingArguments, flag, parse_arguments
     from noisycond.errors import one_sentence_errors, require, writing
     from noisycond.evaluation.drawing import ImageSet, Subject, draw_sets, open_sets, parse_subjects
@@ -21,10 +21,11 @@ try:
     from noisycond.evaluation.metrics import METRICS
     from noisycond.evaluation.options import MetricArguments
     from noisycond.evaluation.references import RealImages, open_real
-    from noisycond.evaluation.report import plot_metrics, write_report
-    from noisycond.evaluation.rows import choices, measure, update_cards, why_not
-    from noisycond.evaluation.suite import check_counts, needs_train
+    from noisycond.evaluation.report import check_report_folder, plot_metrics, write_report
+    from noisycond.evaluation.rows import check_cards, check_classes, choices, measure, update_cards, why_not
+    from noisycond.evaluation.suite import families_of, needs_train, refuse
     from noisycond.evaluation.uncertainty import summarize
+    from noisycond.generation import OpenPipeline
     from noisycond.processes import on_main
 except ModuleNotFoundError as error:
     sys.exit(f"error: {error.name} is not installed; in the checkout, run: pip install -e .")
@@ -71,6 +72,11 @@ class EvaluateArguments(SamplingArguments, MetricArguments):
             "--pipeline or --images is needed: what is to be measured (or --save_stats, for the reference alone).",
         )
         require(self.reference is not None or not self.save_stats, "--save_stats needs --reference.")
+        require(
+            self.save_stats is None or self.save_stats.endswith(".npz"),
+            f"--save_stats {self.save_stats}: the name of a statistics file must end in .npz.",
+        )
+        require(self.pipeline or not self.update_card, "--update_card needs --pipeline: images have no model card.")
         for value in self.guidance_scale:
             require(value >= 1, f"--guidance_scale is {value}, but it must be at least 1 (off).")
         for value in self.seeds:
@@ -82,18 +88,35 @@ class EvaluateArguments(SamplingArguments, MetricArguments):
             self.extraction_batch_size > 0,
             f"--extraction_batch_size is {self.extraction_batch_size}, but it must be positive.",
         )
-        require(self.dataloader_num_workers >= 0, "--dataloader_num_workers must not be negative.")
-        cards = [name for word in self.pipeline for name in word.rpartition("=")[2].split(",")]
-        lacking = [name for name in cards if not (Path(name) / "README.md").is_file()] if self.update_card else []
-        require(not lacking, f"--update_card: {lacking[:1]} is no local folder with a model card (README.md).")
+        for name in ("dataloader_num_workers", "walk_class"):
+            require(getattr(self, name) >= 0, f"--{name} is {getattr(self, name)}, but it must not be negative.")
         if self.train_data is None and self.reference == "digits":
             self.train_data = "digits"
 
 
-def choose_resize(args: EvaluateArguments, sets: list[ImageSet], reference: RealImages) -> Resize:
+def refuse_flags_without_effect(args: EvaluateArguments, real: RealImages | None) -> None:
+    """Raises InputError for a flag on the command line that can do nothing here. A recipe's values are left alone:
+    they are meant for more than one use."""
+    of_pipelines = {item.name for item in fields(SamplingArguments)} - {"recipe", "cpu_threads_per_process"}
+    of_pipelines |= {"guidance_scale", "seeds", "walk_class"}
+    idle = {name: "without --pipeline" for name in of_pipelines if not args.pipeline}
+    if real is None or real.split is None:
+        idle["reference_split"] = "unless --reference is digits or a dataset with splits"
+    families = families_of(args.metrics)
+    for name, family in (("classifier", "class_agreement"), ("lpips_similarity", "lpips"), ("lpips_pairs", "lpips")):
+        if family not in families:
+            idle[name] = "with these --metrics"
+    for name in ("clip_model", "clip_prompt"):
+        if "clip_score" not in args.metrics:
+            idle[name] = "without --metrics clip_score"
+    found = sorted(args.given & idle.keys())
+    require(not found, f"--{found[0] if found else ''} has no effect {idle[found[0]] if found else ''}; leave it off.")
+
+
+def choose_resize(args: EvaluateArguments, sets: list[ImageSet], real: RealImages | None) -> Resize:
     """The size that all images are compared at: --resolution, or that of the generated ones."""
     if args.resolution is None and not sets:
-        require(reference.name == "digits", "--save_stats without --pipeline or --images needs --resolution.")
+        require(real.name == "digits", "--save_stats without --pipeline or --images needs --resolution.")
         return Resize(32, args.image_interpolation_mode)
     if args.resolution is None:
         width = size_of(sets[0].option, sets[0].source, Resize())[0]
@@ -105,15 +128,16 @@ def choose_resize(args: EvaluateArguments, sets: list[ImageSet], reference: Real
 
 def report(args: EvaluateArguments, subjects: list[Subject], rows: list[dict], settings: dict) -> None:
     """Writes metrics.json, the table and the plot, prints the table, and puts results into cards where asked."""
-    metrics = [name for name in METRICS if any(name in row["metrics"] for row in rows)]
-    folder = Path(args.output_dir)
+    metrics, folder = [name for name in METRICS if any(name in row["metrics"] for row in rows)], Path(args.output_dir)
+    reasons = "; ".join(f"{name}: {reason}" for name, reason in why_not(rows).items())
+    require(metrics, f"no metric can be computed ({reasons}).")
     with writing(f"--output_dir {folder}", "the report (what was computed is kept; run the same command again)"):
         print("\n" + write_report(folder, rows, settings, metrics))
-        for name, reason in why_not(rows).items():
-            print(f"{name}: not computed, {reason}.")
         plot_metrics(folder, summarize(rows), metrics)
         if args.update_card:
             update_cards([name for subject in subjects for name in subject.members], rows, settings)
+    for name, reason in why_not(rows).items():
+        print(f"{name}: not computed, {reason}.")
     print(f"\nTable: {folder / 'metrics.md'}\nValues and every choice made: {folder / 'metrics.json'}")
 
 
@@ -125,23 +149,44 @@ def main(argv: list[str] | None = None) -> None:
     accelerator = hardware.make_sampling_accelerator(args)
 
     # What can be refused is refused before an image is drawn.
+    check_report_folder(folder, subjects)
+    check_cards(subjects if args.update_card else ())
     real = open_real("--reference", args.reference, args.reference_split)
     train = open_real("--train_data", args.train_data, "train")
+    refuse_flags_without_effect(args, real)
     instruments = Instruments.open(args, args.reference == "digits", accelerator.device)
     for given in (real, train):
         if given is not None:
-            given.check(instruments)
-    if args.pipeline:
-        check_counts(args, args.num_images)
-        sets = draw_sets(subjects, args, args.guidance_scale, args.seeds, folder / "images", accelerator)
-    else:
-        sets = open_sets(option, subjects, args.reference_split)
+            size = {} if args.resolution is None else {"resolution": args.resolution}
+            given.check(instruments, interpolation=args.image_interpolation_mode, **size)
+    num_real = len(real.source) if real is not None and real.source is not None else None
 
-    resize = choose_resize(args, sets, real)
+    def check(opened: OpenPipeline) -> None:
+        named = opened.class_names is not None
+        refuse(args, instruments.foreseen(args, real, train, True, named), args.num_images, num_real)
+        check_classes(opened.name, opened.class_names, real)
+        side = args.resolution or sampling.image_size(opened.pipeline)
+        for given in (real, train):
+            if given is not None:
+                given.check(instruments, resolution=side, interpolation=args.image_interpolation_mode)
+        require(
+            args.walk_class < opened.num_classes,
+            f"--walk_class is {args.walk_class}, but {opened.name} has {opened.num_classes} classes.",
+        )
+
+    if args.pipeline:
+        sets = draw_sets(subjects, args, args.guidance_scale, args.seeds, folder / "images", accelerator, check)
+    else:
+        sets = open_sets(option, subjects, None)
+        for image_set in sets:
+            labelled, named = image_set.source.labels is not None, image_set.source.class_names is not None
+            here = instruments.foreseen(args, real, train, labelled, named)
+            refuse(args, here, len(image_set.source), num_real)
+
     extraction = Extraction(
         instruments,
         args,
-        resize,
+        choose_resize(args, sets, real),
         accelerator.device,
         folder / "features",
         accelerator,
@@ -149,7 +194,7 @@ def main(argv: list[str] | None = None) -> None:
         args.dataloader_num_workers,
     )
     reference = real.measure(extraction) if real is not None else None
-    known = train.measure(extraction) if train is not None and sets and needs_train(args) else None
+    known = train.measure(extraction, wanted=["pooled"]) if train is not None and sets and needs_train(args) else None
     if args.save_stats:
         on_main(accelerator, lambda: real.save(Path(args.save_stats), reference, extraction))
     evidence = [extraction.evidence(image_set.option, image_set.source) for image_set in sets]
@@ -157,14 +202,14 @@ def main(argv: list[str] | None = None) -> None:
     if not accelerator.is_main_process or not sets:
         return
 
-    settings = choices(args, extraction, real, train if known is not None else None, sets)
     rows = []
     for image_set, seen in zip(sets, evidence, strict=True):
         seen.reference, seen.train = reference, known
-        rows.append(measure(image_set, seen, args, settings, folder / "computed"))
-    report(args, subjects, rows, settings)
+        rows.append(measure(image_set, seen, args, extraction.settings(), folder / "computed"))
+    report(args, subjects, rows, choices(args, extraction, real, train if known is not None else None, sets))
     if args.figures:
-        draw_figures(args, sets, evidence, train, folder, resize)
+        with writing(f"--output_dir {folder}", "the figures (the report is written; --no_figures leaves them off)"):
+            draw_figures(args, sets, evidence, train, folder, extraction.resize)
 
 
 if __name__ == "__main__":

@@ -192,7 +192,7 @@ def main(argv: list[str] | None = None) -> None:
         run=run,
         bad_images=data.bad_images,
         resume_from=resume_from,
-        validate=validate,
+        looks=[(validate, args.validation_steps)],
     )
     if result.stopped_by is None:
         on_main(accelerator, lambda: export(model.model, args, run, data.images, held_out, repo_id))

@@ -5,7 +5,6 @@ accelerate launch train_class_cond.py                                   # a mini
 accelerate launch train_class_cond.py --recipe dit_xl_2_in1k --corruption_ratio 0.025
 """
 
-import csv
 import json
 import sys
 import textwrap
@@ -30,12 +29,12 @@ try:
     )
     from noisycond.cards import class_conditional_card, loading_code
     from noisycond.data.class_groups import read_class_groups
+    from noisycond.data.corruption_map import save_corruption_map
     from noisycond.data.opening import open_batches, open_training_data
     from noisycond.data.streams import require_ids
     from noisycond.denoisers import build_denoiser, find_denoiser
     from noisycond.errors import one_sentence_errors, require, writing
     from noisycond.evaluation.in_training import EvaluationArguments, TrainingEvaluation
-    from noisycond.evaluation.model_index import add_results_to_card
     from noisycond.export import class_pipeline, export_pipeline, sampling_scheduler
     from noisycond.first_stage import open_first_stage
     from noisycond.noise_schedule import build_objective
@@ -145,17 +144,6 @@ def make_compute_loss(args: ClassCondArguments, first_stage, objective: Diffusio
     return compute_loss
 
 
-def save_corruption_map(corruption: LabelCorruption, source, path: Path) -> None:
-    """Writes index, true and corrupted label of every example."""
-    with writing(f"--output_dir {path.parent}", path.name), path.open("w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["index", "true", "corrupted"])
-        for first in range(0, len(source), 65536):
-            index = torch.arange(first, min(first + 65536, len(source)))
-            labels = torch.from_numpy(source.labels[first : first + 65536])
-            writer.writerows(zip(index.tolist(), labels.tolist(), corruption(labels, index).tolist(), strict=True))
-
-
 def draw_samples(pipeline, args: ClassCondArguments, num_classes: int, path: Path) -> None:
     """Draws a sample grid, a row per class, and saves it as a PNG."""
     labels = sampling.class_rows(num_classes, args.validation_images_per_class)
@@ -172,17 +160,6 @@ def draw_samples(pipeline, args: ClassCondArguments, num_classes: int, path: Pat
         pictures.image_grid(images, args.validation_images_per_class, scale=scale).save(path)
 
 
-def evaluate_at_the_end(evaluation, pipeline, run: RunFolder, step: int) -> list:
-    """Measures the exported weights, draws the metrics over steps, and returns what goes into the model card."""
-    rows = run.read_evaluations()
-    if not rows or rows[-1]["step"] != step:
-        run.log_evaluation({"step": step} | evaluation(pipeline))
-        rows = run.read_evaluations()
-    pictures.plot_over_steps(rows, run.path / "evaluation.png")
-    print("\n" + ", ".join(f"{name} {value:.4g}" for name, value in rows[-1].items() if name != "step"))
-    return evaluation.results(rows[-1])
-
-
 def export(
     pipeline, args: ClassCondArguments, run: RunFolder, class_names: list[str], result, repo_id, evaluation
 ) -> None:
@@ -194,7 +171,7 @@ def export(
         (run.path / "corruption.json").write_text(json.dumps(result.totals["corruption"], indent=2) + "\n")
         export_pipeline(pipeline, run.path, class_names, card)
         if evaluation is not None:
-            add_results_to_card(run.path, evaluate_at_the_end(evaluation, pipeline, run, result.step))
+            evaluation.at_the_end(pipeline, run, result.step)
     print(
         f"\nSamples: {run.samples / 'final.png'}\nLoss curve: {run.path / 'loss.png'}\nPipeline: {run.path}\n\n"
         f"Load it where only diffusers is installed:\n\n{textwrap.indent(loading_code(pipeline, run.path), '    ')}\n"
@@ -269,8 +246,13 @@ def main(argv: list[str] | None = None) -> None:
         bad_images=data.bad_images,
         resume_from=resume_from,
         tallies={"corruption": corruption},
-        validate=lambda step: draw_samples(pipeline(), args, len(class_names), run.samples / f"step-{step:07d}.png"),
-        evaluate=evaluation and (lambda step: evaluation(pipeline())),
+        looks=[
+            (
+                lambda step: draw_samples(pipeline(), args, len(class_names), run.samples / f"step-{step:07d}.png"),
+                args.validation_steps,
+            ),
+            (evaluation and (lambda step: evaluation(pipeline())), args.eval_steps),
+        ],
     )
     if result.stopped_by is None:
         on_main(accelerator, lambda: export(pipeline(), args, run, class_names, result, repo_id, evaluation))

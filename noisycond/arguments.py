@@ -43,6 +43,8 @@ class Arguments:
     )
     # No flag: the recipe's values that are marked [inferred] and that the command line leaves as they are.
     inferred = MappingProxyType({})
+    # No flag: the names of the flags that stand on the command line itself.
+    given = frozenset()
 
     def __post_init__(self):
         pass
@@ -506,7 +508,7 @@ def parse_arguments(cls: type[ArgumentsT], argv: list[str] | None = None, defaul
         known = [option for option in parser._option_string_actions if "-" not in option[2:]]
         name = unknown[0].split("=")[0]
         raise InputError(f"unknown flag {name}{flag_hint(name, known)}.")
-    arguments.inferred = inferred
+    arguments.inferred, arguments.given = inferred, frozenset(_given(argv))
     return arguments
 
 

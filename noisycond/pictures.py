@@ -18,8 +18,8 @@ def image_grid(images: Sequence[Image.Image], columns: int, gap: int = 2, scale:
     return grid
 
 
-def plot_over_steps(rows: Sequence[dict], path: Path) -> None:
-    """A panel per metric over training steps, to a PNG.
+def plot_over_steps(rows: Sequence[dict], folder: Path) -> None:
+    """A panel per metric over training steps, to evaluation.png in a folder.
 
     Args:
         rows: evaluated rows with `step` and the metrics by what a panel's title says.
@@ -37,7 +37,7 @@ def plot_over_steps(rows: Sequence[dict], path: Path) -> None:
         axes.set(title=name, xlabel="optimizer step")
         axes.grid(alpha=0.3)
     figure.tight_layout()
-    figure.savefig(path, dpi=120)
+    figure.savefig(folder / "evaluation.png", dpi=120)
     plt.close(figure)
 
 

@@ -113,6 +113,12 @@ def noise_shape(pipeline: DiffusionPipeline) -> tuple[int, int, int]:
     return model.config.in_channels, height, width
 
 
+def image_size(pipeline: DiffusionPipeline) -> int:
+    """The side of a pipeline's images in pixels."""
+    first_stage = getattr(pipeline, "vae", None) or pipeline.vqvae
+    return noise_shape(pipeline)[1] * 2 ** (len(first_stage.config.block_out_channels) - 1)
+
+
 @contextmanager
 def _first_draw(pipeline: DiffusionPipeline, noise: torch.Tensor):
     """A context in which the pipeline's module draws this noise. `DiTPipeline` takes no latents: it calls its module's

@@ -5,6 +5,7 @@ It knows neither prediction type nor architecture; a script hands it a module, b
 
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from noisycond.training_state import ComputeLoss, Tally, TrainingState
 
 
 logger = logging.getLogger(__name__)
+Look = Callable[[int], dict | None]
 
 
 @dataclass
@@ -52,8 +54,7 @@ def fit(
     bad_images: BadImages,
     resume_from: Path | None = None,
     tallies: dict[str, Tally] | None = None,
-    validate: Callable[[int], None] | None = None,
-    evaluate: Callable[[int], dict[str, float]] | None = None,
+    looks: Sequence[tuple[Look | None, int]] = (),
 ) -> FitResult:
     """Trains until --max_train_steps, or until a signal asks to stop; the main process's denoiser ends with
     the averaged weights, whole.
@@ -67,8 +68,8 @@ def fit(
         bad_images: counts the unreadable images that batches report.
         resume_from: a verified checkpoint, see [`noisycond.run_folder.claim`].
         tallies: counts that are logged and saved.
-        validate: called on the main process with the step every --validation_steps, while the denoiser has the
-            averaged weights. evaluate: likewise every --eval_steps; what it returns is logged.
+        looks: what is done every so many steps (0: never) on the main process, with the step, while the denoiser has
+            the averaged weights: drawing samples, evaluating. A dict that one returns is logged.
 
     Raises:
         InputError: too many non-finite losses or unreadable images, or no space left.
@@ -93,8 +94,7 @@ def fit(
             if args.checkpointing_steps and progress.step % args.checkpointing_steps == 0:
                 state.save()
                 saved_at = progress.step
-            every = ((validate, args.validation_steps), (evaluate, getattr(args, "eval_steps", 0)))
-            due = [look for look, steps in every if look and steps and progress.step % steps == 0]
+            due = [look for look, every in looks if look and every and progress.step % every == 0]
             if due and state.stopped_by is None:
                 _look(state, run, due)
         if saved_at != progress.step:
@@ -114,19 +114,20 @@ def _log(state: TrainingState, run: RunFolder, row: dict) -> None:
         run.log(row)
 
 
-def _look(state: TrainingState, run: RunFolder, looks: Sequence[Callable[[int], dict[str, float] | None]]) -> None:
-    main, step = state.accelerator.is_main_process, state.progress.step
-    if main or state.sharded:
-        with state.averaged_weights():
-            if main:
-                state.denoiser.eval()
-                for look in looks:
-                    found = look(step)
-                    if found:
-                        state.accelerator.log({f"eval_{name}": value for name, value in found.items()}, step=step)
-                        run.log_evaluation({"step": step} | found)
+def _look(state: TrainingState, run: RunFolder, looks: Sequence[Look]) -> None:
+    accelerator, step = state.accelerator, state.progress.step
+
+    def act() -> None:
+        state.denoiser.eval()
+        for look in looks:
+            row = look(step)
+            if row:
+                accelerator.log({f"eval_{name}": value for name, value in row.items()}, step=step)
+                run.log_evaluation({"step": step} | row)
+
+    with state.averaged_weights() if accelerator.is_main_process or state.sharded else nullcontext():
+        on_main(accelerator, act)
     state.prepared.train()
-    state.accelerator.wait_for_everyone()
 
 
 def _bar(state: TrainingState) -> tqdm:

@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from noisycond.cards import public_name
 from noisycond.data.sources import ImageSource
 from noisycond.errors import require
 from noisycond.evaluation.images import open_images
-from noisycond.generation import ImageSettings, draw_images, open_for_drawing
+from noisycond.generation import ImageSettings, OpenPipeline, draw_images, open_for_drawing
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class ImageSet:
 
     Attributes:
         member: the pipeline, or the folder of images, as the user named it. option: the flag that named it.
-        guidance_scale, seed: of a pipeline's images; None of a folder of images.
+        guidance_scale, seed: of a pipeline's images; None of a folder of images. weights: a hash of the pipeline's.
     """
 
     label: str
@@ -39,6 +39,7 @@ class ImageSet:
     source: ImageSource
     guidance_scale: float | None = None
     seed: int | None = None
+    weights: str | None = None
 
     def __str__(self) -> str:
         return self.label if self.guidance_scale is None else f"{self.label}, guidance scale {self.guidance_scale:g}"
@@ -82,8 +83,12 @@ def draw_sets(
     seeds: Sequence[int],
     folder: Path,
     accelerator: Accelerator,
+    check: Callable[[OpenPipeline], None] = lambda opened: None,
 ) -> list[ImageSet]:
     """Draws the images of each pipeline at each guidance scale and seed that the folder lacks.
+
+    Args:
+        check: called with each pipeline before anything is drawn from it; raises InputError to refuse it.
 
     Raises:
         InputError: a pipeline cannot be opened, or the folder holds images of something else.
@@ -93,10 +98,11 @@ def draw_sets(
         for number, member in enumerate(subject.members):
             place = re.sub(r"[^\w.+-]", "_", subject.label) + (f"-{number}" if len(subject.members) > 1 else "")
             opened = open_for_drawing(member, args, accelerator)
+            check(opened)
             for scale in guidance_scales:
                 for seed in seeds:
                     here = folder / place / f"guidance-{scale:g}-seed-{seed}"
                     draw_images(opened, ImageSettings.of(args, scale, seed), here, accelerator)
                     source = open_images("--pipeline", str(here))
-                    sets.append(ImageSet(subject.label, member, "--pipeline", source, scale, seed))
+                    sets.append(ImageSet(subject.label, member, "--pipeline", source, scale, seed, opened.weights))
     return sets

@@ -18,7 +18,12 @@ from noisycond.evaluation.neighbours import kth_neighbour_distances
 EntropyEstimator = Literal["knn", "gaussian"]
 
 
-def sample_entropy(features: torch.Tensor, estimator: EntropyEstimator = "knn", k: int = 5) -> Estimate:
+def sample_entropy(
+    features: torch.Tensor,
+    estimator: EntropyEstimator = "knn",
+    k: int = 5,
+    device: str | torch.device | None = None,
+) -> Estimate:
     """The differential entropy of the distribution behind features, in nats; the higher, the more diverse.
 
     The estimator behind published sample entropies is often not said; the default is the one by nearest neighbours,
@@ -31,7 +36,7 @@ def sample_entropy(features: torch.Tensor, estimator: EntropyEstimator = "knn", 
     Args:
         features [N, D]: float32; may be memory-mapped.
         estimator: `knn` ([`nearest_neighbour_entropy`]) or `gaussian` ([`gaussian_entropy`]).
-        k: the neighbour of `knn`.
+        k: the neighbour of `knn`. device: where its distances are computed.
 
     Raises:
         InputError: as the two do.
@@ -40,10 +45,12 @@ def sample_entropy(features: torch.Tensor, estimator: EntropyEstimator = "knn", 
         estimator in get_args(EntropyEstimator),
         f"entropy has the estimators {' and '.join(get_args(EntropyEstimator))}, not {estimator!r}.",
     )
-    return nearest_neighbour_entropy(features, k) if estimator == "knn" else gaussian_entropy(features)
+    return nearest_neighbour_entropy(features, k, device) if estimator == "knn" else gaussian_entropy(features)
 
 
-def nearest_neighbour_entropy(features: torch.Tensor, k: int = 5) -> Estimate:
+def nearest_neighbour_entropy(
+    features: torch.Tensor, k: int = 5, device: str | torch.device | None = None
+) -> Estimate:
     """The estimator of Kozachenko and Leonenko (1987) by the k-th nearest neighbour, as in Kraskov et al., "Estimating
     Mutual Information", Physical Review E 69, 2004, Eq. 20 with Euclidean distances ε to the k-th neighbour as radii:
     ψ(N) − ψ(k) + log V_D + D · mean log ε, where V_D is the volume of the unit ball.
@@ -68,7 +75,7 @@ def nearest_neighbour_entropy(features: torch.Tensor, k: int = 5) -> Estimate:
     )
     floor = torch.finfo(torch.float32).eps * _spread(features)
     require(floor > 0, f"entropy is not defined: all {size} images have the same features.")
-    distances = kth_neighbour_distances(features, [k])[:, 0]
+    distances = kth_neighbour_distances(features, [k], device)[:, 0]
     copied = int((distances < floor).sum())
     if copied:
         warnings.warn(

@@ -7,7 +7,6 @@ from pathlib import Path
 
 from accelerate import Accelerator
 
-from noisycond.errors import require
 from noisycond.evaluation.drawing import ImageSet
 from noisycond.evaluation.figures import circular_walk, nearest_neighbours, save_walk, side_by_side
 from noisycond.evaluation.images import Resize, read_image
@@ -97,10 +96,6 @@ def draw_memorized(image_set: ImageSet, seen: Evidence, train: RealImages, resiz
 def draw_walk(args, image_set: ImageSet, path: Path) -> list[Path]:
     """A circular walk of the class --walk_class, as a strip and as an animation."""
     opened = open_for_drawing(image_set.member, args, Accelerator())
-    require(
-        args.walk_class < opened.num_classes,
-        f"--walk_class is {args.walk_class}, but {image_set.member} has {opened.num_classes} classes.",
-    )
     images = circular_walk(
         opened.pipeline,
         args.walk_class,

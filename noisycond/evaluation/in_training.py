@@ -4,7 +4,10 @@ Letters: N images, B images per batch.
 """
 
 import hashlib
+import logging
+import re
 from collections.abc import Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,15 +19,20 @@ from PIL import Image
 from noisycond import sampling
 from noisycond.arguments import Arguments, flag
 from noisycond.cards import public_name
-from noisycond.data.sources import ImageSource
+from noisycond.data.sources import ImageSource, Subset
 from noisycond.errors import InputError, closest, require
 from noisycond.evaluation.images import Resize
 from noisycond.evaluation.instruments import Extraction, Instruments
 from noisycond.evaluation.metrics import METRICS
-from noisycond.evaluation.model_index import model_index_results
+from noisycond.evaluation.model_index import add_results_to_card, model_index_results
 from noisycond.evaluation.options import MetricArguments
 from noisycond.evaluation.references import open_real
-from noisycond.evaluation.suite import check_counts, compute, families_of, needs_train
+from noisycond.evaluation.suite import compute, families_of, needs_train, refuse
+from noisycond.pictures import plot_over_steps
+from noisycond.run_folder import RunFolder
+
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -93,25 +101,43 @@ class TrainingEvaluation:
         )
 
     def prepare(self, device: torch.device) -> None:
-        """Opens what is looked through and extracts the features of the real images. On the main process only.
+        """Opens what is looked through and extracts the features of the real images, of the model's classes where
+        both have names. On the main process only.
 
         Raises:
-            InputError: weights or real images are missing, or there are too few images for a metric.
+            InputError: weights or real images are missing, or a metric cannot be computed.
         """
         args, on_digits = self.args, self.args.dataset_name == "digits"
         name = args.eval_reference or ("digits" if on_digits else None)
         require(name is not None, "--eval_steps needs --eval_reference: real images of the validation set.")
-        check_counts(self.options, args.eval_num_images)
-        instruments = Instruments.open(self.options, name == "digits", device)
-        self.extraction = Extraction(instruments, self.options, Resize(args.resolution), device)
-        self.real = open_real("--eval_reference", name, args.eval_reference_split)
-        self.real.check(instruments)
-        self.reference, self.train = self.real.measure(self.extraction), None
-        if on_digits and needs_train(self.options):
-            self.train = open_real("--dataset_name", "digits", "train").measure(self.extraction)
+        with _flags_of_training():
+            instruments = Instruments.open(self.options, name == "digits", device)
+            self.extraction = Extraction(instruments, self.options, Resize(args.resolution), device)
+            self.real = open_real("--eval_reference", name, args.eval_reference_split)
+            self.real.check(instruments, args.resolution, self.extraction.resize.interpolation)
+            train = open_real("--dataset_name", "digits", "train") if on_digits else None
+            for given in (self.real, train):
+                if given is not None and given.source is not None:
+                    given.source = self._of_the_same_classes(given.source)
+            count = None if self.real.source is None else len(self.real.source)
+            here = instruments.foreseen(self.options, self.real, train, labelled=True, named=True)
+            refuse(self.options, here, args.eval_num_images, count)
+            self.reference = self.real.measure(self.extraction)
+            self.train = None
+            if train is not None and needs_train(self.options):
+                self.train = train.measure(self.extraction, wanted=["pooled"])
 
-    def __call__(self, pipeline: DiffusionPipeline) -> dict[str, float]:
-        """The metrics of images that the pipeline draws now, by name."""
+    def _of_the_same_classes(self, source: ImageSource) -> ImageSource:
+        names = source.class_names
+        if source.labels is None or names is None or not set(self.class_names) < set(names):
+            return source
+        kept = [label for label, name in enumerate(names) if name in set(self.class_names)]
+        return Subset(source, np.flatnonzero(np.isin(source.labels, kept)), kept)
+
+    def __call__(self, pipeline: DiffusionPipeline) -> dict:
+        """The metrics of images that the pipeline draws now, by name, and the choices behind them; nothing where they
+        cannot be computed, which is logged: a model may draw what has no metric without the training being in vain.
+        """
         args = self.args
         labels = sampling.balanced_labels(args.eval_num_images, len(self.class_names)).tolist()
         images = sampling.sample_all(
@@ -121,37 +147,75 @@ class TrainingEvaluation:
             guidance_scale=args.validation_guidance_scale,
             num_inference_steps=args.validation_inference_steps,
         )
-        evidence = self.extraction.evidence("--eval_steps", DrawnImages(images, labels, self.class_names))
-        evidence.reference, evidence.train = self.reference, self.train
         found = {}
-        for family in families_of(self.options.metrics):
-            found |= {name: estimate.value for name, estimate in compute(evidence, self.options, family).items()}
-        return {name: found[name] for name in self.options.metrics}
+        try:
+            with _flags_of_training():
+                source = DrawnImages(images, labels, self.class_names)
+                evidence = self.extraction.evidence("--eval_steps", source)
+                evidence.reference, evidence.train = self.reference, self.train
+                for family in families_of(self.options.metrics):
+                    for name, estimate in compute(evidence, self.options, family).items():
+                        found[name] = estimate.value
+        except InputError as error:
+            logger.warning("No evaluation at this step: %s", error)
+            return {}
+        return {name: found[name] for name in self.options.metrics} | {"settings": self.settings()}
 
-    def results(self, row: dict) -> list[EvalResult]:
-        """An evaluation as metadata of a model card.
+    def settings(self) -> dict:
+        """The choices behind the values, as JSON values."""
+        args = self.args
+        return {
+            "reference": self.real.settings(),
+            "num_images": args.eval_num_images,
+            "guidance_scale": args.validation_guidance_scale,
+            "num_inference_steps": args.validation_inference_steps,
+            "feature_extractor": self.extraction.instruments.extractor.name,
+        }
 
-        Args:
-            row: step, and the metrics by name.
-        """
+    def at_the_end(self, pipeline: DiffusionPipeline, run: RunFolder, step: int) -> None:
+        """Measures the exported weights, unless that was done with the same choices, draws the metrics over steps and
+        writes the last ones into the model card."""
+        rows = run.read_evaluations()
+        last = rows[-1] if rows else {}
+        asked = {"step", "settings", *self.options.metrics}
+        if last.get("step") != step or last.get("settings") != self.settings() or last.keys() != asked:
+            row = self(pipeline)
+            if row:
+                run.log_evaluation({"step": step} | row)
+                rows = run.read_evaluations()
+        if not rows or rows[-1]["step"] != step:
+            return
+        values = {name: value for name, value in rows[-1].items() if name in METRICS}
+        plot_over_steps([{name: row.get(name) for name in ("step", *values)} for row in rows], run.path)
+        add_results_to_card(run.path, self._results(values))
+        print("\n" + ", ".join(f"{METRICS[name].title} {value:.4g}" for name, value in values.items()))
+
+    def _results(self, values: dict[str, float]) -> list[EvalResult]:
         args, real = self.args, self.real.settings()
-        measured = {name: {"value": value} for name, value in row.items() if name != "step"}
-        return model_index_results(
-            [
-                {
-                    "label": "run",
-                    "pipeline": args.output_dir,
-                    "images": None,
-                    "guidance_scale": args.validation_guidance_scale,
-                    "seed": args.seed,
-                    "num_images": args.eval_num_images,
-                    "metrics": measured,
-                }
-            ],
-            public_name(real["name"]),
-            dataset_split=real.get("split"),
-            settings={
-                "num_inference_steps": args.validation_inference_steps,
-                "feature_extractor": self.extraction.instruments.extractor.name,
-            },
-        )
+        row = {
+            "label": "run",
+            "pipeline": args.output_dir,
+            "images": None,
+            "guidance_scale": args.validation_guidance_scale,
+            "seed": args.seed,
+            "num_images": args.eval_num_images,
+            "metrics": {name: {"value": value} for name, value in values.items()},
+        }
+        told = {
+            "num_inference_steps": args.validation_inference_steps,
+            "feature_extractor": self.extraction.instruments.extractor.name,
+        }
+        return model_index_results([row], public_name(real["name"]), dataset_split=real.get("split"), settings=told)
+
+
+@contextmanager
+def _flags_of_training():
+    """A context in which messages name the flags of a training script."""
+    try:
+        yield
+    except InputError as error:
+        sentence = str(error)
+        for flag_name in ("metrics", "reference", "feature_extractor", "extractor_weights"):
+            sentence = re.sub(rf"--{flag_name}\b", f"--eval_{flag_name}", sentence)
+        sentence = sentence.replace("no --train_data was given", "the training images are known for digits alone")
+        raise InputError(sentence) from error

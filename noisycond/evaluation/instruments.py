@@ -59,6 +59,34 @@ class Instruments:
         """Whether the extractor's logits are those of the classifier, so that one pass gives both."""
         return self.classifier is not None and self.classifier.weights == self.extractor.weights_hash
 
+    def foreseen(self, options: MetricArguments, real, train, labelled: bool, named: bool) -> set[str]:
+        """What of the needs of the metrics will be here, before an image is drawn.
+
+        Args:
+            real, train: real images, opened, or None. labelled: whether generated images will have labels; named:
+                whether their classes will have names.
+        """
+        fitted = real if options.rmd_fit == "reference" else train
+        has_spatial = self.extractor.layers.spatial is not None
+        here = {
+            "reference": real is not None,
+            "reference moments": real is not None,
+            "reference features": real is not None,
+            "spatial": has_spatial and real is not None,
+            "logits": self.extractor.layers.logits is not None,
+            "labels": labelled,
+            "fit": fitted is not None,
+            # A file tells when it is read.
+            "fit labels": fitted is not None and (fitted.source is None or fitted.source.labels is not None),
+            "train": train is not None,
+            "train features": train is not None,
+            "classifier": self.classifier is not None,
+            "clip": self.clip is not None,
+            "class names": named,
+            "similarity": self.similarity is not None,
+        }
+        return {need for need, is_here in here.items() if is_here}
+
     def settings(self) -> dict:
         """The choices, as JSON values, for what is printed with the results."""
         chosen = {"extractor": self.extractor.settings()}
@@ -92,17 +120,27 @@ class Extraction:
     batch_size: int = 50
     workers: int = 0
 
+    def settings(self) -> dict:
+        """What decides values beside images and options, as JSON values."""
+        return self.instruments.settings() | {
+            "resolution": self.resize.resolution,
+            "resized": self.options.resolution is not None,
+            "batch_size": self.batch_size,
+        }
+
     def statistics_settings(self) -> dict:
         """What statistics of real images must share with the images they are compared with."""
         resize = {"resolution": self.resize.resolution, "interpolation": self.resize.interpolation}
         return self.instruments.extractor.settings() | resize
 
-    def features(self, option: str, source: ImageSource) -> Features:
-        """The extractor's features of all images of a set."""
+    def features(self, option: str, source: ImageSource, wanted: Sequence[str] | None = None) -> Features:
+        """The extractor's features of all images of a set: those that are wanted, by default all that metrics of
+        generated images need."""
         families, extractor = families_of(self.options.metrics), self.instruments.extractor
-        wanted = ["pooled"]
-        wanted += ["logits"] if "inception_score" in families or self.instruments.classifies_itself else []
-        wanted += ["spatial"] if "sfid" in families else []
+        if wanted is None:
+            wanted = ["pooled"]
+            wanted += ["logits"] if "inception_score" in families or self.instruments.classifies_itself else []
+            wanted += ["spatial"] if "sfid" in families else []
         return self._extract(option, source, extractor, extractor.settings(), wanted)
 
     def evidence(self, option: str, source: ImageSource) -> Evidence:
@@ -113,6 +151,8 @@ class Extraction:
         evidence = Evidence(features, source.class_names, similarity=instruments.similarity)
         evidence.device = self.device
         labels, classifier = features.labels, instruments.classifier
+        if labels is not None and source.class_names is not None:
+            match_labels(labels, source.class_names, None, option)  # each has a name
         if classifier is not None and labels is not None:
             settings = {"classifier": classifier.settings()}
             evidence.class_logits = (

@@ -32,7 +32,7 @@ class MetricArguments(Arguments):
     coverage_k: int = flag(5, "Neighbours of density and coverage; 5 as Naeem et al.")
     kid_subsets: int = flag(100, "Subsets of KID.")
     kid_subset_size: int | None = flag(
-        None, "Images per subset of KID; the default is 1000, or as many as there are, where fewer."
+        None, "Images per subset of KID; the default is 1000, or half of the smaller set where that is fewer."
     )
     inception_score_splits: int = flag(10, "Splits of the inception score.")
     topp_significance: float = flag(0.1, "α of TopP&R's confidence band.")
@@ -77,12 +77,19 @@ class MetricArguments(Arguments):
             self.inception_score_splits > 0,
             f"--inception_score_splits is {self.inception_score_splits}, but it must be positive.",
         )
-        for name in ("topp_significance", "rmd_top"):
-            value = getattr(self, name)
-            require(0.0 < value <= 1.0, f"--{name} is {value}, but it must lie in (0, 1].")
+        require(0.0 < self.rmd_top <= 1.0, f"--rmd_top is {self.rmd_top}, but it must lie in (0, 1].")
+        require(
+            0.0 < self.topp_significance < 1.0,
+            f"--topp_significance is {self.topp_significance}, but it must lie in (0, 1).",
+        )
         require(
             self.memorization_threshold > 0,
             f"--memorization_threshold is {self.memorization_threshold}, but it must be positive.",
+        )
+        require(
+            self.memorization_rule == "distance" or self.memorization_threshold <= 1,
+            f"--memorization_threshold is {self.memorization_threshold}, but by --memorization_rule ratio it must be "
+            "at most 1: the second nearest is no nearer than the nearest.",
         )
         for name in ("bootstrap", "metric_seed"):
             require(getattr(self, name) >= 0, f"--{name} is {getattr(self, name)}, but it must not be negative.")

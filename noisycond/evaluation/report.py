@@ -7,6 +7,8 @@ import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from noisycond.errors import require
+from noisycond.evaluation.drawing import Subject
 from noisycond.evaluation.metrics import METRICS, Metric
 from noisycond.evaluation.uncertainty import MetricSummary, Summary, conclusive, summarize
 from noisycond.run_folder import write_atomically
@@ -40,6 +42,26 @@ def write_report(folder: str | Path, rows: Sequence[dict], settings: dict, metri
     write_atomically(folder / "metrics.json", text + "\n")
     write_atomically(folder / "metrics.md", "\n\n".join(parts) + "\n")
     return table
+
+
+def check_report_folder(folder: Path, subjects: Sequence[Subject]) -> None:
+    """Raises InputError where a folder holds the report of something else, which would be replaced. A report of some
+    of these subjects may be: it is made anew with the others.
+
+    Args:
+        subjects: what is to be measured, with `label` and `members`.
+    """
+    try:
+        earlier = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))["rows"]
+    except (OSError, ValueError, KeyError, TypeError):  # none, or one that was cut
+        return
+    now = {(subject.label, member) for subject in subjects for member in subject.members}
+    others = [row["label"] for row in earlier if (row["label"], row["member"]) not in now]
+    require(
+        not others or not now,
+        f"--output_dir {folder} holds the report of {', '.join(dict.fromkeys(others))}, which is not measured now; "
+        "name another folder, or name them too.",
+    )
 
 
 def metrics_table(summaries: Sequence[Summary], metrics: Sequence[str]) -> str:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 from collections.abc import Sequence
 from dataclasses import fields
 from importlib import metadata
@@ -10,39 +11,42 @@ from pathlib import Path
 from tqdm import tqdm
 
 from noisycond.cards import public_name
-from noisycond.errors import InputError, writing
-from noisycond.evaluation.drawing import ImageSet
+from noisycond.errors import InputError, require, writing
+from noisycond.evaluation.drawing import ImageSet, Subject
 from noisycond.evaluation.instruments import Extraction
 from noisycond.evaluation.metrics import METRICS
 from noisycond.evaluation.model_index import add_results_to_card, model_index_results
 from noisycond.evaluation.options import MetricArguments
 from noisycond.evaluation.references import RealImages
-from noisycond.evaluation.suite import Evidence, compute, families_of, lacking
+from noisycond.evaluation.suite import Evidence, compute, families_of, subset_size_of
 from noisycond.evaluation.uncertainty import bootstrap_interval
 from noisycond.run_folder import write_atomically
 
 
+logger = logging.getLogger(__name__)
 # What the options decide; which of the metrics are asked for, and where weights lie, changes no value.
 CHOICES = {item.name for item in fields(MetricArguments)} - {"recipe", "metrics", "extractor_weights"}
 
 
-def measure(image_set: ImageSet, evidence: Evidence, options: MetricArguments, settings: dict, folder: Path) -> dict:
+def measure(image_set: ImageSet, evidence: Evidence, options: MetricArguments, about: dict, folder: Path) -> dict:
     """A row of the report.
 
     Args:
-        settings: what decides the values beside the images and the options (extractor, resize, references), as JSON
+        about: what decides the values beside the images, the real images and the options (extractor, sizes), as JSON
             values. folder: where finished families are kept, so that another call takes them up.
 
     Returns:
-        label, pipeline, images, guidance_scale, seed, num_images; `metrics`, by name a `value` and an `interval` or
-        None; and `skipped`, by name the reason why a metric was not computed.
+        label, member (as named), pipeline, weights, images, guidance_scale, seed, num_images; `metrics`, by name a
+        `value` and an `interval` or None; and `skipped`, by name the reason why a metric was not computed.
 
     Raises:
-        InputError: a metric that was asked for by name cannot be computed.
+        InputError: a metric that was asked for by name cannot be computed, or no space is left.
     """
     row = {
         "label": image_set.label,
+        "member": image_set.member,
         "pipeline": image_set.member if image_set.option == "--pipeline" else None,
+        "weights": image_set.weights,
         "images": str(image_set.source.root) if hasattr(image_set.source, "root") else image_set.member,
         "guidance_scale": image_set.guidance_scale,
         "seed": image_set.seed,
@@ -50,43 +54,41 @@ def measure(image_set: ImageSet, evidence: Evidence, options: MetricArguments, s
         "metrics": {},
         "skipped": {},
     }
+    about = about | {
+        "images": [image_set.source.fingerprint, image_set.source.version],
+        "real": [real and real.identity for real in (evidence.reference, evidence.train)],
+        "options": {name: getattr(options, name) for name in sorted(CHOICES)},
+    }
     families = families_of(options.metrics)
     for family in tqdm(families, desc=f"metrics of {image_set}", unit="family", leave=False):
-        names = [name for name, about in METRICS.items() if about.family == family]
-        try:
-            found = _compute_or_read(image_set, evidence, options, settings, folder, family)
-        except InputError as error:
-            if options.metrics:
-                raise
-            reason = lacking(evidence, options, family) or str(error).split(": ", 1)[1]
-            row["skipped"] |= dict.fromkeys(names, reason)
-            continue
+        key = json.dumps(about | {"family": family}, sort_keys=True, default=str)
+        path = folder / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.json"
+        if path.exists():
+            found = json.loads(path.read_text())
+        else:
+            try:
+                found = _computed(evidence, options, family)
+            except InputError as error:
+                if options.metrics:
+                    raise
+                reason = str(error).split(": ", 1)[1].rstrip(".")
+                row["skipped"] |= {name: reason for name, metric in METRICS.items() if metric.family == family}
+                continue
+            with writing(f"--output_dir {folder}", "metrics"):
+                folder.mkdir(parents=True, exist_ok=True)
+                write_atomically(path, json.dumps(found) + "\n")
         row["metrics"] |= {name: entry for name, entry in found.items() if name in (options.metrics or METRICS)}
     return row
 
 
-def _compute_or_read(
-    image_set: ImageSet, evidence: Evidence, options: MetricArguments, settings: dict, folder: Path, family: str
-) -> dict[str, dict]:
-    about = {
-        "family": family,
-        "images": image_set.source.fingerprint,
-        "settings": settings,
-        "options": {name: getattr(options, name) for name in CHOICES},
-    }
-    text = json.dumps(about, sort_keys=True, default=str)
-    path = folder / f"{hashlib.sha256(text.encode()).hexdigest()[:24]}.json"
-    if path.exists():
-        return json.loads(path.read_text())
+def _computed(evidence: Evidence, options: MetricArguments, family: str) -> dict[str, dict]:
     found = {}
     for name, estimate in compute(evidence, options, family).items():
-        interval = None
-        if options.bootstrap and estimate.resample is not None:
-            interval = list(bootstrap_interval(estimate, options.bootstrap, options.metric_seed))
-        found[name] = {"value": estimate.value, "interval": interval}
-    with writing(f"--output_dir {folder}", "metrics"):
-        folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, json.dumps(found) + "\n")
+        interval = bootstrap_interval(estimate, options.bootstrap, options.metric_seed)
+        found[name] = {"value": estimate.value, "interval": None if interval is None else list(interval)}
+    if family == "kid":
+        size = subset_size_of(options, len(evidence.reference.features), len(evidence.generated))
+        found["kid"]["subset_size"] = size
     return found
 
 
@@ -108,14 +110,36 @@ def choices(args, extraction: Extraction, real: RealImages | None, train: RealIm
     options = {name: getattr(args, name) for name in sorted(CHOICES)}
     return {
         "generated": generated,
-        "reference": None if real is None else real.settings(),
-        "train_data": None if train is None else train.settings(),
+        "reference": None if real is None else real.settings() | {"identity": real.identity},
+        "train_data": None if train is None else train.settings() | {"identity": train.identity},
         "resolution": extraction.resize.resolution,
         "extraction_batch_size": extraction.batch_size,
         **extraction.instruments.settings(),
         "options": options,
         "versions": {name: metadata.version(name) for name in ("noisycond", "torch", "torchvision", "torch-fidelity")},
     }
+
+
+def check_cards(subjects: Sequence[Subject]) -> None:
+    """Raises InputError where a pipeline is no local folder with a model card."""
+    for name in (member for subject in subjects for member in subject.members):
+        require(
+            (Path(name) / "README.md").is_file(),
+            f"--update_card: {name} is no local folder with a model card (README.md).",
+        )
+
+
+def check_classes(name: str, class_names: list[str] | None, real: RealImages | None) -> None:
+    """Logs where the real images have classes that a pipeline lacks: it cannot reach them."""
+    others = None if real is None or real.source is None else real.source.class_names
+    if class_names is not None and others is not None and set(class_names) < set(others):
+        logger.warning(
+            "%s has %d of the %d classes of --reference %s: recall, coverage and FID count the others as missing.",
+            name,
+            len(class_names),
+            len(others),
+            real.name,
+        )
 
 
 def update_cards(pipelines: Sequence[str], rows: Sequence[dict], settings: dict) -> None:

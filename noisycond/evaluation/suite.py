@@ -5,6 +5,7 @@ Letters: N generated images, D features, K classes.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -21,7 +22,7 @@ from noisycond.evaluation.neighbours import precision_recall_density_coverage
 from noisycond.evaluation.options import MetricArguments
 from noisycond.evaluation.perceptual import lpips_diversity
 from noisycond.evaluation.scores import inception_score, kid
-from noisycond.evaluation.topology import topological_precision_recall
+from noisycond.evaluation.topology import PROJECTED_DIM, topological_precision_recall
 
 
 @dataclass
@@ -29,22 +30,32 @@ class Reference:
     """Real images to compare with.
 
     Attributes:
-        features: of each image; None where only moments are stored.
-        moments, spatial: of the pooled and of the spatial features; None where not known.
-        name: as the user named it. class_names: K names where they are known.
+        name: as the user named it. features: of each image; None where only moments are stored.
+        stored_moments, stored_spatial: where they come with the images, as in a file of statistics; else they are
+            computed from the features when they are first asked for. class_names: K names where they are known.
+        identity: a string that changes with the images.
     """
 
     name: str
     features: Features | None = None
-    moments: Moments | None = None
-    spatial: Moments | None = None
+    stored_moments: Moments | None = None
+    stored_spatial: Moments | None = None
     class_names: list[str] | None = None
+    identity: str = ""
 
-    @classmethod
-    def of(cls, name: str, features: Features, class_names: list[str] | None) -> "Reference":
-        """A reference of images, with the moments of their features."""
-        spatial = None if features.spatial is None else Moments.of(features.spatial)
-        return cls(name, features, Moments.of(features.pooled), spatial, class_names)
+    @cached_property
+    def moments(self) -> Moments | None:
+        """Of the pooled features; None where not known."""
+        if self.stored_moments is not None or self.features is None:
+            return self.stored_moments
+        return Moments.of(self.features.pooled)
+
+    @cached_property
+    def spatial(self) -> Moments | None:
+        """Of the spatial features; None where not known."""
+        if self.stored_spatial is not None or self.features is None or self.features.spatial is None:
+            return self.stored_spatial
+        return Moments.of(self.features.spatial)
 
     @property
     def labels(self) -> torch.Tensor | None:
@@ -84,12 +95,13 @@ class Family:
     Attributes:
         compute: evidence and options to a value per metric.
         needs: what must be there, by the names of `LACKING`.
-        least: options to the number of generated, and of real, images that are needed.
+        least: options to the number of generated images that are needed, and of real ones where `real` says so.
     """
 
     compute: Callable[[Evidence, MetricArguments], dict[str, Estimate]]
     needs: tuple[str, ...]
     least: Callable[[MetricArguments], int] = lambda options: 2
+    real: bool = False
 
 
 LACKING = {
@@ -99,6 +111,7 @@ LACKING = {
     "spatial": "the extractor gives no spatial features, or the reference has none",
     "logits": "the extractor is no classifier",
     "labels": "the images have no labels; list them in a metadata.jsonl with file_name and label",
+    "fit": "the images that RMD is fitted to were not named (--reference, or --train_data with --rmd_fit train)",
     "fit labels": "the images that RMD is fitted to have no labels",
     "train": "no --train_data was given",
     "train features": "--train_data holds moments only; name the images or statistics with features",
@@ -123,8 +136,8 @@ def _inception_score(evidence: Evidence, options: MetricArguments) -> dict[str, 
 
 
 def subset_size_of(options: MetricArguments, *counts: int) -> int:
-    """Images per subset of KID: as asked for, else 1000 or as many as there are, where fewer."""
-    return options.kid_subset_size or min(1000, *counts)
+    """Images per subset of KID: as asked for, else 1000, or half of the smaller set where that is fewer."""
+    return options.kid_subset_size or max(2, min(1000, min(counts) // 2))
 
 
 def _kid(evidence: Evidence, options: MetricArguments) -> dict[str, Estimate]:
@@ -152,6 +165,7 @@ def _topology(evidence: Evidence, options: MetricArguments) -> dict[str, Estimat
         significance=options.topp_significance,
         replicates=options.topp_replicates,
         seed=options.metric_seed,
+        device=evidence.device or "cpu",
     ).estimates()
 
 
@@ -168,7 +182,8 @@ def _difficulty(evidence: Evidence, options: MetricArguments) -> dict[str, Estim
 
 
 def _entropy(evidence: Evidence, options: MetricArguments) -> dict[str, Estimate]:
-    return {"entropy": sample_entropy(evidence.generated.pooled, options.entropy_estimator)}
+    features, estimator = evidence.generated.pooled, options.entropy_estimator
+    return {"entropy": sample_entropy(features, estimator, device=evidence.device)}
 
 
 def _memorization(evidence: Evidence, options: MetricArguments) -> dict[str, Estimate]:
@@ -205,37 +220,46 @@ def _lpips(evidence: Evidence, options: MetricArguments) -> dict[str, Estimate]:
     }
 
 
+def _least_for_topology(options: MetricArguments) -> int:
+    # The bandwidth looks at the neighbour whose number is five times the projected dimension.
+    return 5 * PROJECTED_DIM + 1
+
+
 FAMILIES = {
     "fid": Family(_fid, ("reference", "reference moments")),
     "sfid": Family(_sfid, ("reference", "spatial")),
     "inception_score": Family(_inception_score, ("logits",), lambda options: options.inception_score_splits),
-    "kid": Family(_kid, ("reference", "reference features"), lambda options: options.kid_subset_size or 2),
+    "kid": Family(_kid, ("reference", "reference features"), lambda options: options.kid_subset_size or 4, real=True),
     "neighbours": Family(
         _neighbours,
         ("reference", "reference features"),
         lambda options: max(options.precision_k, options.coverage_k) + 1,
+        real=True,
     ),
-    "topology": Family(_topology, ("reference", "reference features")),
-    "difficulty": Family(_difficulty, ("labels", "fit labels")),
-    "entropy": Family(_entropy, ()),
-    "memorization": Family(_memorization, ("train", "train features")),
-    "class_agreement": Family(_class_agreement, ("labels", "classifier")),
-    "clip_score": Family(_clip_score, ("labels", "class names", "clip")),
+    "topology": Family(_topology, ("reference", "reference features"), _least_for_topology, real=True),
+    "difficulty": Family(_difficulty, ("labels", "fit", "fit labels"), lambda options: 1),
+    "entropy": Family(_entropy, (), lambda options: 6),
+    "memorization": Family(_memorization, ("train", "train features"), lambda options: 1),
+    "class_agreement": Family(_class_agreement, ("labels", "classifier"), lambda options: 1),
+    "clip_score": Family(_clip_score, ("labels", "class names", "clip"), lambda options: 1),
     "lpips": Family(_lpips, ("similarity",)),
 }
 
 
-def lacking(evidence: Evidence, options: MetricArguments, family: str) -> str | None:
-    """Why a family cannot be computed from this evidence, or None where it can."""
-    reference, train = evidence.reference, evidence.train
+def what_is_here(evidence: Evidence, options: MetricArguments) -> set[str]:
+    """What of the needs of all families this evidence has."""
+    reference, train, generated = evidence.reference, evidence.train, evidence.generated
     fitted = reference if options.rmd_fit == "reference" else train
     here = {
         "reference": reference is not None,
-        "reference moments": reference is not None and reference.moments is not None,
+        "reference moments": reference is not None and (reference.features or reference.stored_moments) is not None,
         "reference features": reference is not None and reference.features is not None,
-        "spatial": evidence.generated.spatial is not None and reference is not None and reference.spatial is not None,
-        "logits": evidence.generated.logits is not None,
-        "labels": evidence.generated.labels is not None,
+        "spatial": generated.spatial is not None
+        and reference is not None
+        and (reference.stored_spatial is not None or getattr(reference.features, "spatial", None) is not None),
+        "logits": generated.logits is not None,
+        "labels": generated.labels is not None,
+        "fit": fitted is not None,
         "fit labels": fitted is not None and fitted.labels is not None,
         "train": train is not None,
         "train features": train is not None and train.features is not None,
@@ -244,7 +268,12 @@ def lacking(evidence: Evidence, options: MetricArguments, family: str) -> str | 
         "class names": evidence.class_names is not None,
         "similarity": evidence.similarity is not None,
     }
-    return next((LACKING[need] for need in FAMILIES[family].needs if not here[need]), None)
+    return {need for need, is_here in here.items() if is_here}
+
+
+def lacking(here: set[str], family: str) -> str | None:
+    """Why a family cannot be computed from what is here, or None where it can."""
+    return next((LACKING[need] for need in FAMILIES[family].needs if need not in here), None)
 
 
 def needs_train(options: MetricArguments) -> bool:
@@ -259,16 +288,26 @@ def families_of(metrics: Sequence[str]) -> list[str]:
     return [family for family in FAMILIES if family in wanted]
 
 
-def check_counts(options: MetricArguments, num_images: int) -> None:
-    """Raises InputError where a metric that was asked for by name needs more generated images; to be called before
-    they are drawn."""
+def refuse(
+    options: MetricArguments, here: set[str], num_images: int | None = None, num_real: int | None = None
+) -> None:
+    """Raises InputError where a metric that was asked for by name cannot be computed: to be called before images are
+    drawn, with what will be here and how many images there will be (None where that is not known)."""
     for family in families_of(options.metrics) if options.metrics else ():
-        _require_enough(options, family, num_images)
+        why = lacking(here, family)
+        require(why is None, f"--metrics {_titles(family)}: {why}.")
+        _require_enough(options, family, num_images, num_real)
 
 
-def _require_enough(options: MetricArguments, family: str, count: int) -> None:
-    least = FAMILIES[family].least(options)
-    require(count >= least, f"--metrics {_titles(family)}: at least {least} images are needed, but there are {count}.")
+def _require_enough(options: MetricArguments, family: str, num_images: int | None, num_real: int | None) -> None:
+    least, counts = FAMILIES[family].least(options), {"generated": num_images}
+    if FAMILIES[family].real:
+        counts["real"] = num_real
+    for kind, count in counts.items():
+        require(
+            count is None or count >= least,
+            f"--metrics {_titles(family)}: at least {least} {kind} images are needed, but there are {count}.",
+        )
 
 
 def _titles(family: str) -> str:
@@ -281,9 +320,10 @@ def compute(evidence: Evidence, options: MetricArguments, family: str) -> dict[s
     Raises:
         InputError: there are too few images for it (says how many it needs), or something that it needs is not there.
     """
-    why = lacking(evidence, options, family)
+    why = lacking(what_is_here(evidence, options), family)
     require(why is None, f"--metrics {_titles(family)}: {why}.")
-    _require_enough(options, family, len(evidence.generated))
+    real = getattr(evidence.reference, "features", None)
+    _require_enough(options, family, len(evidence.generated), None if real is None else len(real))
     try:
         return FAMILIES[family].compute(evidence, options)
     except InputError as error:
@@ -299,6 +339,12 @@ def match_labels(
     Raises:
         InputError: the classes differ.
     """
+    if names is not None and len(labels):
+        highest = int(labels.max())
+        require(
+            labels.min() >= 0 and highest < len(names),
+            f"{what}: an image has the label {highest}, but there are {len(names)} class names.",
+        )
     if names is None or other_names is None or names == other_names:
         return labels
     places = {name: place for place, name in enumerate(other_names)}

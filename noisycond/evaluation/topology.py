@@ -18,6 +18,7 @@ from noisycond.randomness import Purpose
 
 # Elements of a block of distances in float64: 64 MB.
 _BLOCK = 1 << 23
+PROJECTED_DIM = 32  # as the authors' package
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ def topological_precision_recall(
     generated: torch.Tensor,
     significance: float = 0.1,
     replicates: int = 10,
-    projected_dim: int | None = 32,
+    projected_dim: int | None = PROJECTED_DIM,
     seed: int = 0,
     device: str | torch.device = "cpu",
 ) -> TopologicalPrecisionRecall:

@@ -182,6 +182,57 @@ def test_batches_of_the_adm_evaluator(folders, script, refused, tmp_path):
     assert "moments.npz" in sentence and "inception-v3-compat" in sentence
 
 
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--metrics", "fid", "--feature_extractor", "digits"], ["no --reference"]),
+        (["--metrics", "memorization_ratio", "--feature_extractor", "digits"], ["no --train_data"]),
+        (["--metrics", "topp_f1", "--reference", "digits"], ["at least 161 generated images", "there are 50"]),
+        (["--reference", "digits", "--walk_class", "99"], ["--walk_class is 99", "10 classes"]),
+        (["--reference", "STATS"], ["resolution 16", "this run has 32"]),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_before_an_image_is_drawn(
+    untrained, script, refused, tmp_path, flags, words
+):
+    if "STATS" in flags:
+        script("evaluate_model", "--reference", "digits", "--save_stats", tmp_path / "s.npz", "--resolution", 16)
+        flags = ["--reference", tmp_path / "s.npz", "--feature_extractor", "digits"]
+    words_of_run = ["--pipeline", untrained, "--num_images", 50, "--guidance_scale", 2, "--num_inference_steps", 2]
+    sentence = refused("evaluate_model", *words_of_run, *flags, "--output_dir", tmp_path / "x")
+    assert all(word in sentence for word in words), sentence
+    assert not list((tmp_path / "x").rglob("*.png"))
+
+
+def test_changed_real_images_are_measured_anew(folders, script, tmp_path):
+    real = tmp_path / "real"
+    digits = Digits("test")
+    for number in range(60):
+        (real / str(digits.labels[number])).mkdir(parents=True, exist_ok=True)
+        digits.read(number, 32).save(real / str(digits.labels[number]) / f"{number}.bmp")
+    words = ["--images", folders["test"], "--reference", real, "--feature_extractor", "digits", "--metrics", "fid"]
+    words += ["--no_figures", "--output_dir", tmp_path / "x"]
+    script("evaluate_model", *words)
+    before = values(results(tmp_path / "x")[0])["fid"]
+    for path in real.rglob("*.bmp"):  # as large as before
+        Image.fromarray(255 - np.asarray(Image.open(path))).save(path)
+    script("evaluate_model", *words)
+    assert values(results(tmp_path / "x")[0])["fid"] > 5 * before
+
+
+def test_what_was_computed_is_kept_when_a_guidance_scale_is_added(untrained, script, refused, tmp_path):
+    words = ["--pipeline", untrained, "--reference", "digits", "--num_images", 20, "--metrics", "fid", "recall", *FAST]
+    words += ["--output_dir", tmp_path / "x"]
+    script("evaluate_model", *words, "--guidance_scale", 1)
+    first = {path: path.stat().st_mtime_ns for path in (tmp_path / "x/computed").iterdir()}
+    script("evaluate_model", *words, "--guidance_scale", 1, 2)
+    now = {path: path.stat().st_mtime_ns for path in (tmp_path / "x/computed").iterdir()}
+    assert first.items() <= now.items() and (len(first), len(now)) == (2, 4)
+
+    sentence = refused("evaluate_model", "--images", tmp_path / "x/images", "--output_dir", tmp_path / "x")
+    assert "there is no image" in sentence or "holds the report of" in sentence
+
+
 def test_results_go_into_the_model_card(untrained, script, tmp_path):
     copy = tmp_path / "model"
     shutil.copytree(untrained, copy)
@@ -201,7 +252,7 @@ def test_evaluations_during_training(tiny, script, tmp_path):
     run = tmp_path / "run"
     rows = [json.loads(line) for line in (run / "evaluation.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [3, 6] and rows[0]["fid"] != rows[1]["fid"]
-    assert all(row.keys() == {"step", "fid", "class_agreement", "entropy"} for row in rows)
+    assert all(row.keys() == {"step", "fid", "class_agreement", "entropy", "settings"} for row in rows)
     assert Image.open(run / "evaluation.png").width > 300
     found = {result.metric_type: result.metric_value for result in ModelCard.load(run / "README.md").data.eval_results}
     assert found["fid"] == pytest.approx(rows[1]["fid"], rel=1e-5)
@@ -211,6 +262,38 @@ def test_evaluations_during_training(tiny, script, tmp_path):
     words = ["--pipeline", run, "--reference", "digits", "--num_images", 20, "--guidance_scale", 4, "--metrics", "fid"]
     script("evaluate_model", *words, *FAST, "--batch_size", 50, "--output_dir", tmp_path / "x")
     assert values(results(tmp_path / "x")[0])["fid"] == pytest.approx(rows[1]["fid"], rel=1e-3)
+
+
+def test_a_resumed_run_is_measured_with_its_own_choices(tiny, script, tmp_path):
+    run = tmp_path / "run"
+    script("train_class_cond", *tiny, "--eval_steps", 3, "--eval_num_images", 20, "--eval_metrics", "fid", "recall")
+    words = ["--resume_from_checkpoint", "latest", "--eval_steps", 3, "--eval_num_images", 30, "--eval_metrics", "fid"]
+    script("train_class_cond", *tiny, *words)
+    rows = [json.loads(line) for line in (run / "evaluation.jsonl").read_text().splitlines()]
+    assert [(row["step"], row["settings"]["num_images"]) for row in rows] == [(3, 20), (6, 20), (6, 30)]
+    entries = ModelCard.load(run / "README.md").data.eval_results
+    assert {(entry.metric_type, entry.metric_args["num_images"]) for entry in entries} == {("fid", 30)}
+    assert entries[0].metric_value == pytest.approx(rows[-1]["fid"], rel=1e-5)
+
+
+def test_some_classes_are_measured_against_these_classes(tiny, script, tmp_path):
+    words = ["--class_subset", 3, "--eval_steps", 6, "--eval_num_images", 30, "--eval_metrics", "coverage", "fid"]
+    script("train_class_cond", *tiny, *words)
+    row = json.loads((tmp_path / "run/evaluation.jsonl").read_text())
+    assert 100 < row["settings"]["reference"]["images"] < 112
+
+
+@pytest.mark.parametrize(
+    "metric, words",
+    [
+        ("topp_f1", ["--eval_metrics topp", "at least 161 generated images"]),
+        ("clip_score", ["--eval_metrics clip_score", "--clip_model"]),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_before_training(tiny, refused, tmp_path, metric, words):
+    sentence = refused("train_class_cond", *tiny, "--eval_steps", 3, "--eval_num_images", 50, "--eval_metrics", metric)
+    assert all(word in sentence for word in words), sentence
+    assert not (tmp_path / "run/log.jsonl").exists()
 
 
 def test_an_evaluation_does_not_change_training(tiny, script, tmp_path):
@@ -266,13 +349,23 @@ ON_DIGITS = ["--images", "DIGITS", "--reference", "digits"]
         ),
         (["--pipeline", "x", "--reference", "digits", "--update_card"], ["--update_card", "model card"]),
         (["--save_stats", "x.npz"], ["--save_stats needs --reference"]),
+        (["--save_stats", "x.txt", "--reference", "digits"], ["--save_stats x.txt", ".npz"]),
+        ([*ON_DIGITS, "--update_card"], ["--update_card needs --pipeline"]),
+        ([*ON_DIGITS, "--num_images", "9"], ["--num_images has no effect without --pipeline"]),
+        ([*ON_DIGITS, "--scheduler", "DDIMScheduler"], ["--scheduler has no effect without --pipeline"]),
+        ([*ON_DIGITS, "--clip_prompt", "{}"], ["--clip_prompt has no effect without --metrics clip_score"]),
+        (
+            ["--images", "DIGITS", "--reference", "DIGITS", "--reference_split", "val"],
+            ["--reference_split has no effect"],
+        ),
+        (["--images", "ONE", "--feature_extractor", "digits"], ["no metric can be computed", "no --reference"]),
     ],
 )
 def test_bad_input(folders, refused, tmp_path, flags, words):
-    places = {name: tmp_path / name.lower() for name in ("EMPTY", "SIZES", "BROKEN", "UNLABELLED", "FEW")}
+    places = {name: tmp_path / name.lower() for name in ("EMPTY", "SIZES", "BROKEN", "UNLABELLED", "FEW", "ONE")}
     for name, place in places.items():
         if any(name in flag for flag in flags):
-            write_digits(place, "test", range(0 if name == "EMPTY" else 3))
+            write_digits(place, "test", range({"EMPTY": 0, "ONE": 1}.get(name, 3)))
     if any("SIZES" in flag for flag in flags):
         Image.new("RGB", (32, 31)).save(places["SIZES"] / "0002.png")
     if any("BROKEN" in flag for flag in flags):

@@ -13,11 +13,12 @@ from noisycond.evaluation.suite import (
     FAMILIES,
     Evidence,
     Reference,
-    check_counts,
     compute,
     families_of,
     lacking,
     match_labels,
+    refuse,
+    what_is_here,
 )
 
 
@@ -29,7 +30,7 @@ def features(count: int, seed: int, labels: bool = True) -> Features:
 
 
 def reference(count: int, seed: int) -> Reference:
-    return Reference.of("real", features(count, seed), list("abcd"))
+    return Reference("real", features(count, seed), class_names=list("abcd"))
 
 
 class Difference(torch.nn.Module):
@@ -71,7 +72,7 @@ def test_every_metric_belongs_to_a_family_that_gives_it(evidence):
     [
         ("fid", {"reference": None}, "no --reference"),
         ("fid", {"reference": Reference("x")}, "no moments"),
-        ("neighbours", {"reference": dataclasses.replace(reference(9, 1), features=None)}, "moments only"),
+        ("neighbours", {"reference": Reference("x", None, reference(9, 1).moments)}, "moments only"),
         ("sfid", {"generated": dataclasses.replace(features(9, 0), spatial=None)}, "spatial"),
         ("inception_score", {"generated": dataclasses.replace(features(9, 0), logits=None)}, "no classifier"),
         ("difficulty", {"generated": features(9, 0, labels=False)}, "no labels"),
@@ -83,22 +84,26 @@ def test_every_metric_belongs_to_a_family_that_gives_it(evidence):
 )
 def test_what_is_lacking_is_said(evidence, family, change, words):
     evidence = dataclasses.replace(evidence, **change)
-    assert words in lacking(evidence, MetricArguments(), family)
+    assert words in lacking(what_is_here(evidence, MetricArguments()), family)
     with pytest.raises(InputError, match=f"--metrics .*{words}"):
         compute(evidence, MetricArguments(), family)
 
 
 def test_too_few_images_are_refused_before_and_after(evidence):
-    few = dataclasses.replace(evidence, generated=features(5, 0))
+    few, here = dataclasses.replace(evidence, generated=features(5, 0)), what_is_here(evidence, MetricArguments())
     for action in (
-        lambda: check_counts(MetricArguments(metrics=["coverage"]), 5),
+        lambda: refuse(MetricArguments(metrics=["coverage"]), here, 5),
         lambda: compute(few, MetricArguments(), "neighbours"),
     ):
-        with pytest.raises(InputError, match="precision, recall, density, coverage: at least 6 images .* there are 5"):
+        with pytest.raises(InputError, match="precision, recall, density, coverage: at least 6 generated images .* 5"):
             action()
-    check_counts(MetricArguments(metrics=["fid"]), 5)
-    with pytest.raises(InputError, match="--metrics kid: at least 500 images"):
-        check_counts(MetricArguments(metrics=["kid"], kid_subset_size=500), 200)
+    refuse(MetricArguments(metrics=["fid"]), here, 5)
+    with pytest.raises(InputError, match="--metrics kid: at least 500 generated images"):
+        refuse(MetricArguments(metrics=["kid"], kid_subset_size=500), here, 200)
+    with pytest.raises(InputError, match="at least 161 real images are needed, but there are 20"):
+        refuse(MetricArguments(metrics=["topp_f1"]), here, 200, 20)
+    with pytest.raises(InputError, match="--metrics fid: no --reference"):
+        refuse(MetricArguments(metrics=["fid"]), here - {"reference"}, 200)
 
 
 def test_families_of_named_metrics():
@@ -118,7 +123,7 @@ def test_options_change_values(evidence):
     distance = value("nearest_train_distance")
     assert value("memorization_ratio", memorization_rule="distance", memorization_threshold=100 * distance) == 1
     assert value("memorization_ratio", memorization_threshold=1e-9) == 0
-    assert value("kid", kid_subset_size=20) != value("kid", kid_subset_size=150)
+    assert len({value("kid", kid_subset_size=size) for size in (20, 90, 150, None)}) == 3  # 90: half of the smaller
     assert value("inception_score", inception_score_splits=1) != value("inception_score")
     assert value("topp_f1", topp_significance=0.9) != value("topp_f1")
     assert value("lpips_diversity", lpips_pairs=1) != value("lpips_diversity")
@@ -147,5 +152,7 @@ def test_labels_are_matched_by_name():
     assert match_labels(labels, None, ["a", "b"], "x").tolist() == [0, 1, 1]
     # WordNet ids and words for the same classes: in the same order.
     assert match_labels(labels, ["n01", "n02"], ["cat", "dog"], "x").tolist() == [0, 1, 1]
+    with pytest.raises(InputError, match="x: an image has the label 1, but there are 1 class names"):
+        match_labels(labels, ["a"], ["b", "a"], "x")
     with pytest.raises(InputError, match="x: it has no class 'z'"):
         match_labels(labels, ["a", "z"], ["a", "b", "c"], "x")

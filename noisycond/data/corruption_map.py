@@ -1,0 +1,21 @@
+"""Which example was corrupted to what, as a table."""
+
+import csv
+from pathlib import Path
+
+import torch
+
+from noisycond.corruption import LabelCorruption
+from noisycond.data.sources import ImageSource
+from noisycond.errors import writing
+
+
+def save_corruption_map(corruption: LabelCorruption, source: ImageSource, path: Path) -> None:
+    """Writes index, true and corrupted label of every example."""
+    with writing(f"--output_dir {path.parent}", path.name), path.open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["index", "true", "corrupted"])
+        for first in range(0, len(source), 65536):
+            index = torch.arange(first, min(first + 65536, len(source)))
+            labels = torch.from_numpy(source.labels[first : first + 65536])
+            writer.writerows(zip(index.tolist(), labels.tolist(), corruption(labels, index).tolist(), strict=True))
