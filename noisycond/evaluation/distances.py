@@ -213,7 +213,10 @@ def pairs_within(
     clouds = tuple(_Cloud(points, centre, device, torch.float32) for points in (one, other))
     finer: tuple[_Cloud, ...] = ()
     reach = [each.amax(dim=1).to(clouds[0].device, torch.float32) for each in (radii, other_radii)]
-    tiles, bar = _Tiles(*clouds), tqdm(clouds[0].spans(), desc=description, unit="block", disable=not progress)
+    tiles, bar = (
+        _Tiles(*clouds),
+        tqdm(clouds[0].spans(), desc=description, unit="block", delay=2, disable=not progress),
+    )
     for rows in bar:
         block = clouds[0].block(rows)
         for columns in clouds[1].spans():
@@ -248,7 +251,7 @@ def _candidates_among(cloud: _Cloud, count: int, progress: bool, description: st
     pairs = [(rows, rows) for rows in spans]
     pairs += [(rows, columns) for place, rows in enumerate(spans) for columns in spans[place + 1 :]]
     last = None
-    for rows, columns in tqdm(pairs, desc=description, unit="tile", disable=not progress):
+    for rows, columns in tqdm(pairs, desc=description, unit="tile", delay=2, disable=not progress):
         if last != rows:
             block, last = cloud.block(rows), rows
         if rows == columns:
@@ -267,7 +270,7 @@ def _candidates(
     each leaves out."""
     smallest = _Smallest(len(asking), count, cloud.device, cloud.dtype)
     tiles = _Tiles(asking, cloud)
-    for rows in tqdm(asking.spans(), desc=description, unit="block", disable=not progress):
+    for rows in tqdm(asking.spans(), desc=description, unit="block", delay=2, disable=not progress):
         block = asking.block(rows)
         for columns in cloud.spans():
             tile = tiles.low(rows, columns, block)

@@ -64,7 +64,7 @@ def lpips_diversity(
         f"{len(labels.unique())} classes.",
     )
     distances = []
-    for start in tqdm(range(0, len(first), batch_size), desc="LPIPS diversity", disable=not progress):
+    for start in tqdm(range(0, len(first), batch_size), desc="LPIPS diversity", delay=2, disable=not progress):
         batch = slice(start, start + batch_size)
         two = (images_of(positions[batch]).to(device) for positions in (first, second))
         distances.append(similarity(*two).reshape(-1).to("cpu", torch.float64))

@@ -60,7 +60,7 @@ def measure(image_set: ImageSet, evidence: Evidence, options: MetricArguments, a
         "options": {name: getattr(options, name) for name in sorted(CHOICES)},
     }
     families = families_of(options.metrics)
-    for family in tqdm(families, desc=f"metrics of {image_set}", unit="family", leave=False):
+    for family in tqdm(families, desc=f"metrics of {image_set}", unit="family", leave=False, delay=2):
         key = json.dumps(about | {"family": family}, sort_keys=True, default=str)
         path = folder / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.json"
         if path.exists():

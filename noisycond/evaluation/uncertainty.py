@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
+from tqdm import tqdm
 
 from noisycond import randomness
 from noisycond.errors import InputError, require
@@ -95,7 +96,10 @@ def bootstrap_interval(
     if not replicates or estimate.resample is None or not math.isfinite(estimate.value):
         return None
     values = torch.tensor(
-        [estimate.resample(_resampled(seed, replicate, estimate.size)) for replicate in range(replicates)],
+        [
+            estimate.resample(_resampled(seed, replicate, estimate.size))
+            for replicate in tqdm(range(replicates), desc="bootstrap", unit="replicate", leave=False, delay=2)
+        ],
         dtype=torch.float64,
     )
     if not values.isfinite().all():
