@@ -163,7 +163,7 @@ def main(argv: list[str] | None = None) -> None:
 
     def check(opened: OpenPipeline) -> None:
         named = opened.class_names is not None
-        refuse(args, instruments.foreseen(args, real, train, True, named), args.num_images, num_real)
+        refuse(args, instruments.foreseen(args, real, train, True, named))
         check_classes(opened.name, opened.class_names, real)
         side = args.resolution or sampling.image_size(opened.pipeline)
         for given in (real, train):
@@ -175,6 +175,7 @@ def main(argv: list[str] | None = None) -> None:
         )
 
     if args.pipeline:
+        refuse(args, instruments.foreseen(args, real, train, True, True), args.num_images, num_real)
         sets = draw_sets(subjects, args, args.guidance_scale, args.seeds, folder / "images", accelerator, check)
     else:
         sets = open_sets(option, subjects, None)

@@ -1,5 +1,6 @@
 """Real images, or statistics of them, by the name that a user gives; opened before an image is drawn."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,32 +39,36 @@ class RealImages:
         about = {"name": self.name} | ({} if self.split is None else {"split": self.split})
         return about | ({} if self.source is None else {"images": len(self.source)})
 
-    def check(self, instruments: Instruments) -> None:
+    def check(self, instruments: Instruments, resolution=None, interpolation=None) -> None:
         """Raises InputError where statistics were made with another extractor: before anything is drawn."""
         if self.source is None:
             saved = peek_settings(self.name)
             asked = instruments.extractor.settings()
-            load_statistics(self.name, asked | {key: saved.get(key) for key in ("resolution", "interpolation")})
+            known = {"resolution": resolution, "interpolation": interpolation}
+            load_statistics(self.name, asked | {key: known[key] or saved.get(key) for key in known})
 
-    def measure(self, extraction: Extraction) -> Reference:
-        """Features and moments: of the images, or as the file holds them.
+    def measure(self, extraction: Extraction, wanted: Sequence[str] | None = None) -> Reference:
+        """Features of the images, or what the file holds.
+
+        Args:
+            wanted: which features are extracted; None is all that metrics of generated images need.
 
         Raises:
             InputError: an image cannot be read, or the statistics were made with other choices.
         """
         if self.source is not None:
-            features = extraction.features(self.option, self.source)
-            return Reference.of(self.name, features, self.source.class_names)
+            features = extraction.features(self.option, self.source, wanted)
+            return Reference(self.name, features, class_names=self.source.class_names, identity=self.identity)
         statistics = load_statistics(self.name, extraction.statistics_settings())
-        features, moments, spatial = statistics.features, statistics.moments, statistics.spatial_moments
+        features = statistics.features
         if features is None and statistics.images is not None:
             # A reference batch of ADM: images, and moments that may be of more of them.
             labels = None if statistics.labels is None else statistics.labels.numpy()
             batch = BatchImages(self.option, Path(self.name), statistics.images, labels)
-            features = extraction.features(self.option, batch)
-            of_batch = Reference.of(self.name, features, None)
-            moments, spatial = moments or of_batch.moments, spatial or of_batch.spatial
-        return Reference(self.name, features, moments, spatial, statistics.settings.get("class_names"))
+            features = extraction.features(self.option, batch, wanted)
+        names = statistics.settings.get("class_names")
+        moments, spatial = statistics.moments, statistics.spatial_moments
+        return Reference(self.name, features, moments, spatial, names, self.identity)
 
     def save(self, path: Path, reference: Reference, extraction: Extraction) -> None:
         """Writes features and moments of the images to a file that can stand in for them.
