@@ -1,13 +1,15 @@
 """Real images, or statistics of them, by the name that a user gives; opened before an image is drawn."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from noisycond.data.sources import ImageSource
 from noisycond.errors import require
-from noisycond.evaluation.images import BatchImages, open_images
+from noisycond.evaluation.features import Features
+from noisycond.evaluation.images import BatchImages, choose_split, open_images
 from noisycond.evaluation.instruments import Extraction, Instruments
-from noisycond.evaluation.statistics import load_statistics, peek_settings, save_statistics
+from noisycond.evaluation.statistics import check_statistics, load_statistics, save_statistics
 from noisycond.evaluation.suite import Reference
 
 
@@ -16,7 +18,7 @@ class RealImages:
     """Real images to compare with, or a file of statistics or of images.
 
     Attributes:
-        option: the flag. name: as the user named it. split: of digits or of a Hub dataset, else None.
+        option: the flag. name: as the user named it. split: of digits or of a dataset with splits, else None.
         source: None where the name is a file (.npz).
     """
 
@@ -29,7 +31,7 @@ class RealImages:
     def identity(self) -> str:
         """A string that changes with the images or the file."""
         if self.source is not None:
-            return self.source.fingerprint
+            return f"{self.source.fingerprint} {self.source.version}".rstrip()
         status = Path(self.name).stat()
         return f"{self.name} {status.st_size} {status.st_mtime_ns}"
 
@@ -38,32 +40,54 @@ class RealImages:
         about = {"name": self.name} | ({} if self.split is None else {"split": self.split})
         return about | ({} if self.source is None else {"images": len(self.source)})
 
-    def check(self, instruments: Instruments) -> None:
-        """Raises InputError where statistics were made with another extractor: before anything is drawn."""
-        if self.source is None:
-            saved = peek_settings(self.name)
-            asked = instruments.extractor.settings()
-            load_statistics(self.name, asked | {key: saved.get(key) for key in ("resolution", "interpolation")})
+    def check(self, instruments: Instruments, resolution: int | None = None, interpolation: str | None = None) -> None:
+        """Looks at the settings of statistics, before anything is drawn.
 
-    def measure(self, extraction: Extraction) -> Reference:
+        Args:
+            resolution, interpolation: of the run; None where they are not known yet, and then they are not compared.
+
+        Raises:
+            InputError: statistics were made with another extractor, other weights, another size or interpolation, or
+                the file holds nothing to compare with.
+        """
+        if self.source is None:
+            resize = {"resolution": resolution, "interpolation": interpolation}
+            unknown = [key for key, value in resize.items() if value is None]
+            check_statistics(self.name, instruments.extractor.settings() | resize, unknown)
+
+    def measure(self, extraction: Extraction, moments: bool = True, wanted: Sequence[str] | None = None) -> Reference:
         """Features and moments: of the images, or as the file holds them.
+
+        Args:
+            moments: False computes none, of images that only features are asked of.
+            wanted: which features are extracted; None is all that the metrics look at.
 
         Raises:
             InputError: an image cannot be read, or the statistics were made with other choices.
         """
         if self.source is not None:
-            features = extraction.features(self.option, self.source)
-            return Reference.of(self.name, features, self.source.class_names)
+            features = extraction.features(self.option, self.source, wanted=wanted)
+            return self._reference(features, moments, self.source.class_names)
         statistics = load_statistics(self.name, extraction.statistics_settings())
-        features, moments, spatial = statistics.features, statistics.moments, statistics.spatial_moments
-        if features is None and statistics.images is not None:
-            # A reference batch of ADM: images, and moments that may be of more of them.
-            labels = None if statistics.labels is None else statistics.labels.numpy()
-            batch = BatchImages(self.option, Path(self.name), statistics.images, labels)
-            features = extraction.features(self.option, batch)
-            of_batch = Reference.of(self.name, features, None)
-            moments, spatial = moments or of_batch.moments, spatial or of_batch.spatial
-        return Reference(self.name, features, moments, spatial, statistics.settings.get("class_names"))
+        known = Reference(
+            self.name,
+            statistics.features,
+            statistics.moments,
+            statistics.spatial_moments,
+            statistics.settings.get("class_names"),
+        )
+        if known.features is not None or statistics.images is None:
+            return known
+        # A reference batch of ADM: images, and moments that may be of more of them.
+        labels = None if statistics.labels is None else statistics.labels.numpy()
+        batch = BatchImages(self.option, Path(self.name), statistics.images, labels)
+        found = self._reference(extraction.features(self.option, batch, wanted=wanted), moments, None)
+        return replace(found, moments=known.moments or found.moments, spatial=known.spatial or found.spatial)
+
+    def _reference(self, features: Features, moments: bool, class_names: list[str] | None) -> Reference:
+        if moments:
+            return Reference.of(self.name, features, class_names)
+        return Reference(self.name, features, class_names=class_names)
 
     def save(self, path: Path, reference: Reference, extraction: Extraction) -> None:
         """Writes features and moments of the images to a file that can stand in for them.
@@ -80,7 +104,7 @@ def open_real(option: str, name: str | None, split: str | None) -> RealImages | 
     """Real images by name; None where none is given.
 
     Args:
-        split: of digits (by default `test`) or of a Hub dataset (by default `validation`).
+        split: of digits (by default `test`) or of a dataset with splits (by default `validation`).
 
     Raises:
         InputError: there is no such thing.
@@ -90,6 +114,4 @@ def open_real(option: str, name: str | None, split: str | None) -> RealImages | 
     if name.endswith(".npz"):
         require(Path(name).is_file(), f"{option} {name}: there is no such file.")
         return RealImages(option, name, None, None)
-    split = split or ("test" if name == "digits" else "validation")
-    has_splits = name == "digits" or not Path(name).exists()
-    return RealImages(option, name, split if has_splits else None, open_images(option, name, split))
+    return RealImages(option, name, choose_split(name, split), open_images(option, name, split))
