@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from noisycond import sampling
 from noisycond.arguments import SamplingArguments
-from noisycond.errors import InputError, require, writing
+from noisycond.errors import InputError, in_one_line, require, writing
 from noisycond.processes import on_all, on_main
 from noisycond.run_folder import differences, write_atomically
 
@@ -89,11 +89,15 @@ def open_for_drawing(name: str, args: SamplingArguments, accelerator: Accelerato
 def draw_images(opened: OpenPipeline, settings: ImageSettings, folder: Path, accelerator: Accelerator) -> int:
     """Draws the images that the folder lacks, on all processes, and lists them in metadata.jsonl.
 
+    A folder of fewer images, made with the same settings, is extended to what it were had all been drawn at once:
+    the bits of an image depend on what else is in its batch, so those of a last batch that was not full are drawn
+    anew. One of more images is refused.
+
     Returns:
         How many were drawn now.
 
     Raises:
-        InputError: the folder holds images made otherwise, or cannot be written to.
+        InputError: the folder holds images made otherwise or more of them, or cannot be written to.
     """
     labels, chunks = settings.labels(opened.num_classes), settings.chunks()
     on_main(accelerator, lambda: _claim(folder, settings, opened))
@@ -116,50 +120,85 @@ def draw_images(opened: OpenPipeline, settings: ImageSettings, folder: Path, acc
                 num_inference_steps=settings.num_inference_steps,
             )
             for number, image in zip(chunks[i], images, strict=True):
-                _save_image(image, folder / _file_name(settings, number))
+                _save_image(image, folder / _file_name(settings, number), opened)
+
+    def list_them() -> None:
+        rows = (
+            json.dumps({"file_name": _file_name(settings, number), "label": int(label)}) + "\n"
+            for number, label in enumerate(labels)
+        )
+        with writing(_where(opened, folder), "metadata.jsonl (run the same command again to go on)"):
+            write_atomically(folder / "metadata.jsonl", "".join(rows))
 
     on_all(accelerator, draw)
-    rows = (
-        json.dumps({"file_name": _file_name(settings, number), "label": int(label)}) + "\n"
-        for number, label in enumerate(labels)
-    )
-    if accelerator.is_main_process:
-        write_atomically(folder / "metadata.jsonl", "".join(rows))
-    accelerator.wait_for_everyone()
+    on_main(accelerator, list_them)
     return sum(len(chunks[i]) for i in missing)
 
 
 def _claim(folder: Path, settings: ImageSettings, opened: OpenPipeline) -> None:
-    settings_file, now = folder / "generation.json", asdict(settings)
+    settings_file, where = folder / "generation.json", _where(opened, folder)
+    about = {"pipeline": opened.name} | asdict(settings)
+    about |= {"weights": opened.weights, "class_names": opened.class_names}
     if settings_file.exists():
-        try:
-            earlier = json.loads(settings_file.read_text())
-        except ValueError as error:
-            raise InputError(f"{settings_file} is damaged ({error}); name another --output_dir.") from error
-        different = differences(earlier, now, set())
+        earlier = _read_earlier(settings_file, where)
+        different = differences(earlier, asdict(settings), {"num_images"})
         if earlier.get("weights") != opened.weights:
             different.append(f"the pipeline {opened.name} has other weights or another scheduler now")
-        require(not different, f"--output_dir {folder} holds images made with other settings: {'; '.join(different)}.")
+        require(not different, f"{where}: it holds images made with other settings: {'; '.join(different)}.")
+        count = earlier["num_images"]
+        require(
+            count <= settings.num_images,
+            f"{where}: it holds {count} images, more than the {settings.num_images} asked for; say --num_images "
+            f"{count}, or name another folder.",
+        )
+        if count == settings.num_images:
+            return
+        with writing(where, settings_file.name):
+            # Before the settings, so that an interruption leaves images that the folder lacks, and none too many.
+            (folder / "metadata.jsonl").unlink(missing_ok=True)
+            for number in range(count - count % settings.batch_size, count):
+                (folder / _file_name(settings, number)).unlink(missing_ok=True)
+            _write_settings(settings_file, about)
         return
     require(
         not folder.exists() or not any(folder.glob(f"*.{settings.image_format}")),
-        f"--output_dir {folder} holds images of something else; name another folder.",
+        f"{where}: it holds images of something else; name another folder.",
     )
-    with writing(f"--output_dir {folder}", settings_file.name):
+    with writing(where, settings_file.name):
         folder.mkdir(parents=True, exist_ok=True)
-        about = {"pipeline": opened.name} | now | {"weights": opened.weights, "class_names": opened.class_names}
-        write_atomically(settings_file, json.dumps(about, indent=2, ensure_ascii=False) + "\n")
+        _write_settings(settings_file, about)
+
+
+def _read_earlier(settings_file: Path, where: str) -> dict:
+    try:
+        earlier = json.loads(settings_file.read_text(encoding="utf-8"))
+        if not isinstance(earlier["num_images"], int):
+            raise ValueError("num_images is no number")
+        return earlier
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"{where}: {settings_file.name} is damaged ({in_one_line(error)}); remove this folder, or name another."
+        ) from error
+
+
+def _write_settings(settings_file: Path, about: dict) -> None:
+    write_atomically(settings_file, json.dumps(about, indent=2, ensure_ascii=False) + "\n")
+
+
+def _where(opened: OpenPipeline, folder: Path) -> str:
+    # The folder may lie below the one that the user named.
+    return f"--pipeline {opened.name}, folder {folder}"
 
 
 def _file_name(settings: ImageSettings, number: int) -> str:
     return f"{number:06d}.{settings.image_format}"
 
 
-def _save_image(image: Image.Image, path: Path) -> None:
+def _save_image(image: Image.Image, path: Path, opened: OpenPipeline) -> None:
     # Beside the name and renamed, so that a file with the name is whole.
     beside = path.with_name(f".{path.name}.part")
     try:
-        with writing(f"--output_dir {path.parent}", f"{path.name} (run the same command again to go on)"):
+        with writing(_where(opened, path.parent), f"{path.name} (run the same command again to go on)"):
             image.save(beside, format={"jpg": "JPEG"}.get(path.suffix[1:], path.suffix[1:].upper()))
             beside.replace(path)
     finally:

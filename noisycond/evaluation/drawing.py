@@ -1,5 +1,6 @@
 """What is measured: pipelines at guidance scales and seeds, or folders of images, each a set of images on disk."""
 
+import os
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -46,18 +47,22 @@ class ImageSet:
 
 
 def parse_subjects(option: str, words: Sequence[str]) -> list[Subject]:
-    """`FOLDER`, or `LABEL=FOLDER,FOLDER` for several runs of one setting.
+    """`FOLDER`, or `LABEL=FOLDER,FOLDER` for several runs of one setting. What exists as a path is one folder,
+    whatever signs are in its name.
 
     Raises:
-        InputError: a label is empty or comes twice.
+        InputError: a label is empty or comes twice, or a run comes twice under one label.
     """
     subjects = []
     for word in words:
         label, equals, members = word.partition("=")
-        if not equals or Path(word).exists():
-            label, members = public_name(word), word
-        subjects.append(Subject(label, tuple(name for name in members.split(",") if name)))
-        require(label and subjects[-1].members, f"{option} {word}: expected FOLDER, or LABEL=FOLDER,FOLDER.")
+        if not equals or os.path.exists(word):
+            label, equals, members = public_name(word), "", word
+        names = [members] if os.path.exists(members) else [name for name in members.split(",") if name]
+        whole = word and label and names and (equals or names == [word])
+        require(whole, f"{option} {word}: expected FOLDER, or LABEL=FOLDER,FOLDER.")
+        _refuse_twice(f"{option} {word}", names)
+        subjects.append(Subject(label, tuple(names)))
     twice = [label for label, count in Counter(subject.label for subject in subjects).items() if count > 1]
     require(
         not twice,
@@ -67,8 +72,22 @@ def parse_subjects(option: str, words: Sequence[str]) -> list[Subject]:
     return subjects
 
 
-def open_sets(option: str, subjects: Sequence[Subject], split: str) -> list[ImageSet]:
-    """Folders of images, as they are."""
+def _refuse_twice(where: str, names: Sequence[str]) -> None:
+    """Raises where two names are of one run: its images would count twice, and the spread would be too small."""
+    first: dict[str, str] = {}
+    for name in names:
+        place = str(Path(name).resolve()) if os.path.exists(name) else name
+        earlier = first.setdefault(place, name)
+        same = "comes twice" if earlier == name else f"is {earlier} again"
+        require(earlier is name, f"{where}: {name} {same}; name each run of a setting once.")
+
+
+def open_sets(option: str, subjects: Sequence[Subject], split: str | None) -> list[ImageSet]:
+    """Folders of images, as they are.
+
+    Args:
+        split: of digits or of datasets among them; see [`noisycond.evaluation.images.open_images`].
+    """
     return [
         ImageSet(subject.label, member, option, open_images(option, member, split))
         for subject in subjects

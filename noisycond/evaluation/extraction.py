@@ -73,9 +73,12 @@ def read_batches(
     dataset = Pixels(option, source, resize, size, [number for batch in batches for number in batch])
     starts = np.cumsum([0, *map(len, batches)])
     places = [range(first, last) for first, last in zip(starts[:-1], starts[1:], strict=True)]
-    for batch, images in zip(
-        batches, DataLoader(dataset, batch_sampler=places, num_workers=workers, collate_fn=list), strict=True
-    ):
+    # A generator of its own: the loader draws a number for its workers, and from the global one it would change what
+    # a training that goes on beside it draws next.
+    loader = DataLoader(
+        dataset, batch_sampler=places, num_workers=workers, collate_fn=list, generator=torch.Generator()
+    )
+    for batch, images in zip(batches, loader, strict=True):
         sentence = next((entry for entry in images if isinstance(entry, str)), None)
         if sentence is not None:
             raise InputError(sentence)
@@ -114,6 +117,7 @@ def extract_features(
     """
     about = {
         "images": source.fingerprint,
+        "version": source.version,
         "count": len(source),
         "resolution": resize.resolution,
         "interpolation": resize.interpolation,

@@ -5,7 +5,8 @@ Letters: N images, R the side of the square images that an extractor gets.
 
 import hashlib
 import json
-import zipfile
+import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,11 @@ from torchvision.transforms import functional as F
 from noisycond.data.images import UNREADABLE
 from noisycond.data.sources import Digits, HuggingFaceDataset, ImageFolder, ImageSource
 from noisycond.errors import InputError, in_one_line, require
+from noisycond.evaluation.npz import IMAGES, read_batch
+
+
+HASHED = 1 << 24  # bytes of a batch at a time
+DRAWN_AT = 32  # pixels, of images that have no size of their own (digits) where none is asked for
 
 
 @dataclass(frozen=True)
@@ -61,7 +67,7 @@ class ListedImages(ImageSource):
         require(self.names, f"{option} {root}: there is no image; the extensions are {', '.join(IMG_EXTENSIONS)}.")
         made = root / "generation.json"
         if made.exists():
-            self.class_names = json.loads(made.read_text()).get("class_names")
+            self.class_names = _read_class_names(option, made)
         digest = hashlib.sha256()
         for name in self.names:
             try:
@@ -92,31 +98,47 @@ def _read_listing(option: str, listing: Path) -> tuple[list[str], np.ndarray | N
         names = [row["file_name"] for row in rows]
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{option} {listing.parent}: {listing.name} is damaged ({in_one_line(error)}).") from error
+    require(
+        all(isinstance(name, str) for name in names),
+        f"{option} {listing.parent}: {listing.name} is damaged (a file_name is no text).",
+    )
     labels = [row.get("label") for row in rows]
     if any(not isinstance(label, int) for label in labels):
         return names, None
     return names, np.array(labels, dtype=np.int64)
 
 
+def _read_class_names(option: str, made: Path) -> list[str] | None:
+    try:
+        names = json.loads(made.read_text(encoding="utf-8")).get("class_names")
+        if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+            raise ValueError("class_names is no list of names")
+    except (ValueError, AttributeError) as error:
+        raise InputError(
+            f"{option} {made.parent}: {made.name} is damaged ({in_one_line(error)}); remove it to go without names of "
+            "classes, or draw the images again."
+        ) from error
+    return names
+
+
 class BatchImages(ImageSource):
-    """Images in an array, uint8 [N, H, W, 3], as sample and reference batches of the ADM evaluator hold them.
+    """Images in an array, as sample and reference batches of the ADM evaluator hold them; grey ones become RGB.
+
+    Args:
+        pixels [N, H, W, C]: uint8, may be memory-mapped. labels [N]: integers, or None; see
+            [`noisycond.evaluation.npz.read_batch`].
 
     Attributes:
         labels [N]: int64, or None. class_names: None.
     """
 
     def __init__(self, option: str, path: Path, pixels: np.ndarray, labels: np.ndarray | None):
-        require(
-            pixels.dtype == np.uint8 and pixels.ndim == 4 and pixels.shape[-1] == 3 and len(pixels) > 0,
-            f"{option} {path}: arr_0 is {pixels.dtype} of shape {pixels.shape}, but must be uint8 [N, H, W, 3].",
-        )
-        require(
-            labels is None or labels.shape == (len(pixels),),
-            f"{option} {path}: arr_1 must hold a label for each of the {len(pixels)} images.",
-        )
         self.path, self.pixels, self.class_names = path, pixels, None
         self.labels = None if labels is None else labels.astype(np.int64)
-        digest = hashlib.sha256(np.ascontiguousarray(pixels))
+        digest = hashlib.sha256(str(pixels.shape).encode())
+        at_once = max(1, HASHED // pixels[0].nbytes)
+        for first in range(0, len(pixels), at_once):
+            digest.update(np.ascontiguousarray(pixels[first : first + at_once]))
         digest.update(b"" if self.labels is None else self.labels.tobytes())
         self.fingerprint = digest.hexdigest()
 
@@ -124,64 +146,131 @@ class BatchImages(ImageSource):
         return len(self.pixels)
 
     def read(self, index: int, resolution: int | None = None) -> Image.Image:
-        return Image.fromarray(self.pixels[index])
+        pixels = self.pixels[index]
+        return Image.fromarray(pixels[:, :, 0] if pixels.shape[-1] == 1 else pixels).convert("RGB")
 
     def name(self, index: int) -> str:
         return f"{self.path}, image {index}"
 
 
-def open_images(option: str, name: str, split: str = "test") -> ImageSource:
+def choose_split(name: str, asked: str | None) -> str | None:
+    """The split of a named set that is read: as asked for, else `test` of digits and `validation` of datasets that
+    have splits; None of what has none."""
+    if name == "digits":
+        return asked or "test"
+    path = Path(name)
+    if name.endswith(".npz") or (path.is_dir() and not _is_dataset(path)):
+        return None
+    if path.is_dir() and not (path / "dataset_dict.json").is_file():
+        return None
+    return asked or "validation"
+
+
+def open_images(option: str, name: str, split: str | None = None) -> ImageSource:
     """A set of images by name.
 
     Args:
         option: the flag, for messages. name: `digits`; a folder, with a sub-folder per class or with images (and a
-            `metadata.jsonl`) in it; a batch (.npz with `arr_0`); or a dataset's Hub id. split: of digits or of a
-            dataset.
+            `metadata.jsonl`) in it; a batch (.npz with `arr_0`); or a dataset's Hub id or folder. split: of digits or
+            of a dataset, as the user asked for it; None is the default, see [`choose_split`].
 
     Raises:
-        InputError: there is no such thing, or no image in it.
+        InputError: there is no such thing, no image in it, or images both in it and in sub-folders.
     """
+    said, path = _Said(option, name, split), Path(name)
+    # To the room of the data, a dataset without splits is all `train`; what else was asked for it refuses.
+    split = choose_split(name, split) or split or "train"
     if name == "digits":
-        return Digits(split)
-    path = Path(name)
+        return said.of(lambda: Digits(split))
     if name.endswith(".npz"):
         return open_batch(option, path)
-    if path.is_dir() and not (path / "dataset_info.json").is_file() and not (path / "dataset_dict.json").is_file():
-        here = [entry for entry in path.iterdir() if not entry.name.startswith(".")]
-        flat = (path / "metadata.jsonl").exists() or any(entry.name.lower().endswith(IMG_EXTENSIONS) for entry in here)
-        if flat or not any(entry.is_dir() for entry in here):
-            return ListedImages(option, path)
-        return _named(option, name, "--train_data_dir", lambda: ImageFolder(name))
+    if path.is_dir() and not _is_dataset(path):
+        return ListedImages(option, path) if _is_flat(option, path) else said.of(lambda: ImageFolder(name))
     require(
         path.exists() or not name.startswith((".", "/", "~")),
         f"{option} {name}: there is no such folder or file.",
     )
-    return _named(
-        option, name, "--dataset_name", lambda: HuggingFaceDataset(name, None, split, "image", "label", None)
+    return said.of(lambda: HuggingFaceDataset(name, None, split, "image", "label", None))
+
+
+def _is_dataset(path: Path) -> bool:
+    """Whether `datasets` saved it with save_to_disk."""
+    return (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file()
+
+
+def _is_flat(option: str, path: Path) -> bool:
+    """Whether the images of a folder lie in it, and not in a sub-folder per class."""
+    if (path / "metadata.jsonl").exists():
+        return True
+    here = sorted(entry for entry in path.iterdir() if not entry.name.startswith("."))
+    folders = [entry for entry in here if entry.is_dir()]
+    loose = [entry for entry in here if entry not in folders and entry.name.lower().endswith(IMG_EXTENSIONS)]
+    classes = [entry for entry in folders if not loose or _holds_an_image(entry)]
+    require(
+        not (loose and classes),
+        f"{option} {path}: there are images in it ({loose[0].name if loose else ''}) and in its sub-folders "
+        f"({classes[0].name if classes else ''}); move one kind elsewhere, or list what counts in a metadata.jsonl.",
     )
+    return not classes
 
 
-def _named(option: str, name: str, said: str, opening: Callable[[], ImageSource]) -> ImageSource:
-    # Sources name the flags of the training scripts.
-    try:
-        return opening()
-    except InputError as error:
-        raise InputError(str(error).replace(f"{said} {name}", f"{option} {name}")) from error
+def _holds_an_image(folder: Path) -> bool:
+    walk = os.walk(folder, followlinks=True)
+    return any(name.lower().endswith(IMG_EXTENSIONS) for _, _, files in walk for name in files)
+
+
+# The flags that name a split in an evaluation; --train_data has none.
+SPLIT_FLAGS = {
+    "--reference": "--reference_split",
+    "--images": "--reference_split",
+    "--eval_reference": "--eval_reference_split",
+}
+
+
+@dataclass(frozen=True)
+class _Said:
+    """What the user said, put into messages of the data's room in place of the flags of the training scripts."""
+
+    option: str
+    name: str
+    split: str | None
+
+    def of(self, opening: Callable[[], ImageSource]) -> ImageSource:
+        try:
+            return opening()
+        except InputError as error:
+            raise InputError(self._translated(str(error))) from error
+
+    def _translated(self, sentence: str) -> str:
+        here = f"{self.option} {self.name}"
+        match = re.match(r"--(\w+) (.*?): (.*)", sentence, re.DOTALL)
+        if match is None:
+            return f"{here}: {sentence}"
+        flag, value, rest = match.groups()
+        if flag in ("image_column", "label_column"):
+            return f"{here}: the column {value!r} is needed; {rest}"
+        split_flag = SPLIT_FLAGS.get(self.option)
+        if flag == "dataset_split" and self.split is not None and split_flag is not None:
+            return f"{split_flag} {value}: {rest}"
+        if flag == "dataset_split":
+            hint = "" if split_flag is None else f"; name one with {split_flag}"
+            return f"{here}: there is no split {value!r}; {rest.removesuffix('.')}{hint}."
+        return sentence.replace(f"--{flag} {self.name}", here)
 
 
 def open_batch(option: str, path: Path) -> BatchImages:
-    """The images of an npz file.
+    """The images of an npz file, mapped into memory where they are not compressed.
 
     Raises:
         InputError: it is no such file, or holds no images.
     """
     try:
         with np.load(path, allow_pickle=False) as batch:
-            require("arr_0" in batch, f"{option} {path}: it holds no images (arr_0), but {', '.join(batch.files)}.")
-            return BatchImages(option, path, batch["arr_0"], batch.get("arr_1"))
+            require(IMAGES in batch, f"{option} {path}: it holds no images (arr_0), but {', '.join(batch.files)}.")
+            return BatchImages(option, path, *read_batch(f"{option} {path}", path, batch))
     except InputError:
         raise
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+    except Exception as error:  # NumPy, zipfile and zlib raise many types over a damaged file
         raise InputError(f"{option} {path}: not a readable npz file ({in_one_line(error)}).") from error
 
 
@@ -192,7 +281,7 @@ def read_image(option: str, source: ImageSource, index: int, resize: Resize) -> 
         InputError: it cannot be read; names it.
     """
     try:
-        return resize(source.read(index, resize.resolution))
+        return resize(source.read(index, resize.resolution or DRAWN_AT))
     except UNREADABLE as error:
         raise InputError(
             f"{option}: {source.name(index)} cannot be read ({in_one_line(error)}); remove or replace it."

@@ -113,7 +113,7 @@ def frechet_distance(*, real: Moments, generated: Moments) -> float:
         real, generated: over the same D features.
 
     Raises:
-        InputError: a set of fewer than 2 images, or sets of features of different sizes.
+        InputError: a set of fewer than 2 images, sets of features of different sizes, or features that are not finite.
     """
     _check(real, generated)
     return _distance(real, _factor(real.covariance), generated)
@@ -152,6 +152,12 @@ def _check(real: Moments, generated: Moments) -> None:
         f"A Fréchet distance needs features of one extractor, but the real images have {dims[0]} features and the "
         f"generated ones {dims[1]}.",
     )
+    for name, moments in (("real", real), ("generated", generated)):
+        require(
+            moments.mean.isfinite().all() and moments.covariance.isfinite().all(),
+            f"A Fréchet distance needs finite features, but those of the {name} images have numbers that are not, or "
+            "that overflow.",
+        )
     counts = {"real": real.count, "generated": generated.count}
     for name, count in counts.items():
         require(

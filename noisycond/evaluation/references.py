@@ -6,9 +6,9 @@ from pathlib import Path
 
 from noisycond.data.sources import ImageSource
 from noisycond.errors import require
-from noisycond.evaluation.images import BatchImages, open_images
+from noisycond.evaluation.images import BatchImages, choose_split, open_images
 from noisycond.evaluation.instruments import Extraction, Instruments
-from noisycond.evaluation.statistics import load_statistics, peek_settings, save_statistics
+from noisycond.evaluation.statistics import check_statistics, load_statistics, save_statistics
 from noisycond.evaluation.suite import Reference
 
 
@@ -17,7 +17,7 @@ class RealImages:
     """Real images to compare with, or a file of statistics or of images.
 
     Attributes:
-        option: the flag. name: as the user named it. split: of digits or of a Hub dataset, else None.
+        option: the flag. name: as the user named it. split: of digits or of a dataset with splits, else None.
         source: None where the name is a file (.npz).
     """
 
@@ -30,7 +30,7 @@ class RealImages:
     def identity(self) -> str:
         """A string that changes with the images or the file."""
         if self.source is not None:
-            return self.source.fingerprint
+            return f"{self.source.fingerprint} {self.source.version}".rstrip()
         status = Path(self.name).stat()
         return f"{self.name} {status.st_size} {status.st_mtime_ns}"
 
@@ -39,13 +39,20 @@ class RealImages:
         about = {"name": self.name} | ({} if self.split is None else {"split": self.split})
         return about | ({} if self.source is None else {"images": len(self.source)})
 
-    def check(self, instruments: Instruments, resolution=None, interpolation=None) -> None:
-        """Raises InputError where statistics were made with another extractor: before anything is drawn."""
+    def check(self, instruments: Instruments, resolution: int | None = None, interpolation: str | None = None) -> None:
+        """Looks at the settings of statistics, before anything is drawn.
+
+        Args:
+            resolution, interpolation: of the run; None where they are not known yet, and then they are not compared.
+
+        Raises:
+            InputError: statistics were made with another extractor, other weights, another size or interpolation, or
+                the file holds nothing to compare with.
+        """
         if self.source is None:
-            saved = peek_settings(self.name)
-            asked = instruments.extractor.settings()
-            known = {"resolution": resolution, "interpolation": interpolation}
-            load_statistics(self.name, asked | {key: known[key] or saved.get(key) for key in known})
+            resize = {"resolution": resolution, "interpolation": interpolation}
+            unknown = [key for key, value in resize.items() if value is None]
+            check_statistics(self.name, instruments.extractor.settings() | resize, unknown)
 
     def measure(self, extraction: Extraction, wanted: Sequence[str] | None = None) -> Reference:
         """Features of the images, or what the file holds.
@@ -85,7 +92,7 @@ def open_real(option: str, name: str | None, split: str | None) -> RealImages | 
     """Real images by name; None where none is given.
 
     Args:
-        split: of digits (by default `test`) or of a Hub dataset (by default `validation`).
+        split: of digits (by default `test`) or of a dataset with splits (by default `validation`).
 
     Raises:
         InputError: there is no such thing.
@@ -95,6 +102,4 @@ def open_real(option: str, name: str | None, split: str | None) -> RealImages | 
     if name.endswith(".npz"):
         require(Path(name).is_file(), f"{option} {name}: there is no such file.")
         return RealImages(option, name, None, None)
-    split = split or ("test" if name == "digits" else "validation")
-    has_splits = name == "digits" or not Path(name).exists()
-    return RealImages(option, name, split if has_splits else None, open_images(option, name, split))
+    return RealImages(option, name, choose_split(name, split), open_images(option, name, split))

@@ -9,7 +9,7 @@ import logging
 import os
 import uuid
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -20,6 +20,7 @@ import torch
 from noisycond.errors import InputError, in_one_line, require, writing
 from noisycond.evaluation.features import Features
 from noisycond.evaluation.moments import Moments
+from noisycond.evaluation.npz import IMAGES, check_batch, read_array, read_batch, save_npz
 
 
 logger = logging.getLogger(__name__)
@@ -30,7 +31,6 @@ MUST_AGREE = ("extractor", "weights", "resolution", "resize", "interpolation")
 TENSORFLOW_INCEPTION, TENSORFLOW_INCEPTION_FEATURES = "inception-v3-compat", 2048
 # The names that reference batches of the ADM evaluator gave to moments.
 MEAN, COVARIANCE, SPATIAL_MEAN, SPATIAL_COVARIANCE = "mu", "sigma", "mu_s", "sigma_s"
-IMAGES, IMAGE_LABELS = "arr_0", "arr_1"
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,8 @@ class Statistics:
     """What a statistics file holds; None for what it lacks or what is of no use under the run's extractor.
 
     Attributes:
-        features: of the real images; moments, spatial_moments: of the pooled and of the spatial features.
+        features: of the real images, read from the disk when they are used where they are not compressed.
+        moments, spatial_moments: of the pooled and of the spatial features.
         settings: what the file says of how it was made.
         images [N, H, W, C]: uint8 in [0, 255], C 1 or 3; read from the disk when they are indexed, where they are not
             compressed. labels [N]: int64, the images' classes.
@@ -75,7 +76,7 @@ def save_statistics(path: Path | str, features: Features, settings: Mapping) -> 
         with writing(f"--save_stats {path}", "the statistics"):
             path.parent.mkdir(parents=True, exist_ok=True)
             with making.open("wb") as file:
-                np.savez(file, settings=json.dumps(dict(settings)), **arrays)
+                save_npz(file, settings=json.dumps(dict(settings)), **arrays)
                 file.flush()
                 os.fsync(file.fileno())
             making.replace(path)
@@ -99,31 +100,41 @@ def load_statistics(path: Path | str, settings: Mapping) -> Statistics:
             extractor and no images beside them.
     """
     path = Path(path)
+    with _opened(path) as arrays:
+        if "settings" in arrays:
+            return _own(path, arrays, settings)
+        return _of_others(path, arrays, settings)
+
+
+def check_statistics(path: Path | str, settings: Mapping, unknown: Collection[str] = ()) -> None:
+    """Raises where [`load_statistics`] would refuse a file for its settings or for what it lacks, without reading
+    features, moments or images.
+
+    Args:
+        settings: of the run, as far as they are known. unknown: the keys of MUST_AGREE that are not compared yet.
+
+    Raises:
+        InputError: see [`load_statistics`].
+    """
+    path = Path(path)
+    with _opened(path) as arrays:
+        if "settings" in arrays:
+            _compare(path, arrays, settings, unknown)
+        else:
+            _left_aside(path, arrays, settings)
+            check_batch(f"Reference statistics {path}", path, arrays)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Mapping]:
     require(path.exists(), f"Reference statistics {path}: there is no such file.")
-    with _reading(path):
+    try:
         require(
             path.is_file() and zipfile.is_zipfile(path),
             f"Reference statistics {path}: this is no whole .npz file; make one with --save_stats.",
         )
         with np.load(path, allow_pickle=False) as arrays:
-            if "settings" in arrays:
-                return _own(path, arrays, settings)
-            return _of_others(path, arrays, settings)
-
-
-def peek_settings(path: Path | str) -> dict:
-    """What a file says of how it was made, without its arrays; nothing for files of others and for what is none."""
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            return json.loads(str(arrays["settings"])) if "settings" in arrays else {}
-    except Exception:  # load_statistics says what is wrong with it
-        return {}
-
-
-@contextmanager
-def _reading(path: Path):
-    try:
-        yield
+            yield arrays
     except InputError:
         raise
     except Exception as error:  # NumPy, zipfile and zlib raise many types over a damaged file
@@ -134,22 +145,28 @@ def _reading(path: Path):
 
 
 def _own(path: Path, arrays: Mapping, settings: Mapping) -> Statistics:
+    saved = _compare(path, arrays, settings)
+    features = Features(**{field.name: _features(path, arrays, field.name) for field in fields(Features)})
+    moments = _moments(path, arrays, MEAN, COVARIANCE, len(features))
+    spatial = _moments(path, arrays, SPATIAL_MEAN, SPATIAL_COVARIANCE, len(features))
+    return Statistics(features, moments, spatial, saved)
+
+
+def _compare(path: Path, arrays: Mapping, settings: Mapping, unknown: Collection[str] = ()) -> dict:
+    """The settings of one of our files, which agree with those of the run."""
     saved, run = json.loads(str(arrays["settings"])), json.loads(json.dumps(dict(settings)))
     for key in MUST_AGREE:
         ours, theirs = run.get(key), saved.get(key)
         require(
-            ours == theirs,
+            key in unknown or ours == theirs,
             f"Reference statistics {path}: made with {key} {_told(theirs)}, but this run has {_told(ours)}; run with "
             f"the same {key}, or make new statistics with --save_stats.",
         )
-    features = Features(**{field.name: _tensor(arrays, field.name) for field in fields(Features)})
     require(
-        features.pooled is not None and MEAN in arrays,
+        "pooled" in arrays and MEAN in arrays,
         f"Reference statistics {path}: features or moments are missing in it; make new ones with --save_stats.",
     )
-    moments = _moments(path, arrays, MEAN, COVARIANCE, len(features))
-    spatial = _moments(path, arrays, SPATIAL_MEAN, SPATIAL_COVARIANCE, len(features))
-    return Statistics(features, moments, spatial, saved)
+    return saved
 
 
 def _told(value) -> str:
@@ -157,33 +174,47 @@ def _told(value) -> str:
 
 
 def _of_others(path: Path, arrays: Mapping, settings: Mapping) -> Statistics:
-    known = {"extractor": TENSORFLOW_INCEPTION}
+    sentence = _left_aside(path, arrays, settings)
+    images, labels = read_batch(f"Reference statistics {path}", path, arrays)
+    labels = None if labels is None else torch.from_numpy(labels)
+    if sentence is not None:
+        logger.warning(
+            "%s: they are left aside, and the %d images in the file are the reference.", sentence, len(images)
+        )
+        return Statistics(None, None, None, {}, images, labels)
     moments = _moments(path, arrays, MEAN, COVARIANCE, None)
     spatial = _moments(path, arrays, SPATIAL_MEAN, SPATIAL_COVARIANCE, None)
-    images, labels = _images(path, arrays)
+    known = {"extractor": TENSORFLOW_INCEPTION} if moments is not None else {}
+    return Statistics(None, moments, spatial, known, images, labels)
+
+
+def _left_aside(path: Path, arrays: Mapping, settings: Mapping) -> str | None:
+    """Why moments of others are of no use under these settings, or None where they serve or there are none. Raises
+    InputError where there are no images either."""
+    has_moments, has_images = MEAN in arrays or COVARIANCE in arrays, IMAGES in arrays
     require(
-        moments is not None or images is not None,
+        has_moments or has_images,
         f"Reference statistics {path}: neither moments (mu, sigma) nor images (arr_0) are in it, only "
         f"{', '.join(list(arrays)[:5]) or 'nothing'}.",
     )
-    sentence = None
-    if moments is not None and settings.get("extractor") != TENSORFLOW_INCEPTION:
+    if not has_moments:
+        return None
+    sentence, dim = None, arrays[MEAN].size
+    if settings.get("extractor") != TENSORFLOW_INCEPTION:
         sentence = (
             f"Reference statistics {path}: the moments in it are of {TENSORFLOW_INCEPTION}, and this run's extractor "
             f"is {_told(settings.get('extractor'))}"
         )
-    elif moments is not None and len(moments.mean) != TENSORFLOW_INCEPTION_FEATURES:
+    elif dim != TENSORFLOW_INCEPTION_FEATURES:
         sentence = (
-            f"Reference statistics {path}: the moments in it are of {len(moments.mean)} features, and those of "
+            f"Reference statistics {path}: the moments in it are of {dim} features, and those of "
             f"{TENSORFLOW_INCEPTION} are {TENSORFLOW_INCEPTION_FEATURES}"
         )
-    if sentence is None:
-        return Statistics(None, moments, spatial, known if moments else {}, images, labels)
     require(
-        images is not None, f"{sentence}; run with that extractor, or give the real images as a folder as reference."
+        sentence is None or has_images,
+        f"{sentence}; run with that extractor, or give the real images as a folder as reference.",
     )
-    logger.warning("%s: they are left aside, and the %d images in the file are the reference.", sentence, len(images))
-    return Statistics(None, None, None, {}, images, labels)
+    return sentence
 
 
 def _moment_arrays(mean: str, covariance: str, features: torch.Tensor) -> dict[str, np.ndarray]:
@@ -194,7 +225,7 @@ def _moment_arrays(mean: str, covariance: str, features: torch.Tensor) -> dict[s
 def _moments(path: Path, arrays: Mapping, mean: str, covariance: str, count: int | None) -> Moments | None:
     if mean not in arrays and covariance not in arrays:
         return None
-    moments = Moments(count, _tensor(arrays, mean, np.float64), _tensor(arrays, covariance, np.float64))
+    moments = Moments(count, _tensor(arrays, mean), _tensor(arrays, covariance))
     dim = moments.mean.numel()
     require(
         moments.mean.shape == (dim,) and moments.covariance.shape == (dim, dim),
@@ -208,49 +239,9 @@ def _moments(path: Path, arrays: Mapping, mean: str, covariance: str, count: int
     return moments
 
 
-def _tensor(arrays: Mapping, name: str, dtype=None) -> torch.Tensor | None:
-    if name not in arrays and dtype is None:
-        return None
-    return torch.from_numpy(np.ascontiguousarray(arrays[name], dtype=dtype))
+def _tensor(arrays: Mapping, name: str) -> torch.Tensor:
+    return torch.from_numpy(np.ascontiguousarray(arrays[name], dtype=np.float64))
 
 
-def _images(path: Path, arrays: Mapping) -> tuple[np.ndarray | None, torch.Tensor | None]:
-    if IMAGES not in arrays:
-        return None, None
-    images = _mapped(path, f"{IMAGES}.npy")
-    images = arrays[IMAGES] if images is None else images
-    require(
-        images.dtype == np.uint8 and images.ndim == 4 and images.shape[-1] in (1, 3),
-        f"Reference statistics {path}: {IMAGES} is {images.dtype} {list(images.shape)}; images must be uint8 "
-        "[N, H, W, 3].",
-    )
-    labels = _tensor(arrays, IMAGE_LABELS)
-    require(
-        labels is None or (labels.shape == (len(images),) and not labels.is_floating_point()),
-        f"Reference statistics {path}: {IMAGE_LABELS} must be one class for each of the {len(images)} images.",
-    )
-    return images, None if labels is None else labels.to(torch.int64)
-
-
-def _mapped(path: Path, member: str) -> np.ndarray | None:
-    """An array of an .npz mapped into memory, after a pass over its checksum; None where it is compressed or is kept
-    in another order."""
-    with zipfile.ZipFile(path) as archive, archive.open(member) as stream:
-        info, version = archive.getinfo(member), np.lib.format.read_magic(stream)
-        headers: dict[tuple[int, int], Callable] = {
-            (1, 0): np.lib.format.read_array_header_1_0,
-            (2, 0): np.lib.format.read_array_header_2_0,
-        }
-        if version not in headers or info.compress_type != zipfile.ZIP_STORED:
-            return None
-        shape, fortran_order, dtype = headers[version](stream)
-        if fortran_order or dtype.hasobject:
-            return None
-        header_bytes = stream.tell()
-        while stream.read(1 << 20):  # zipfile compares the checksum at the end
-            pass
-    with path.open("rb") as file:
-        file.seek(info.header_offset + 26)
-        name_bytes, extra_bytes = (int.from_bytes(file.read(2), "little") for _ in range(2))
-    offset = info.header_offset + 30 + name_bytes + extra_bytes + header_bytes
-    return np.memmap(path, dtype, mode="c", offset=offset, shape=shape)
+def _features(path: Path, arrays: Mapping, name: str) -> torch.Tensor | None:
+    return torch.from_numpy(read_array(path, arrays, name)) if name in arrays else None

@@ -118,3 +118,18 @@ def test_features_that_are_not_finite_are_refused(tmp_path, accelerator):
 
     with pytest.raises(InputError, match="features of colours/3 are not finite"):
         extract(Colours(6), tmp_path, accelerator, infinite)
+
+
+def test_images_that_were_touched_are_extracted_anew(tmp_path, accelerator):
+    for version in ("1", "2"):
+        source = Colours(6)
+        source.version = version  # names and sizes, of which the fingerprint of a folder of classes is made, stay
+        extract(source, tmp_path, accelerator)
+        assert set(source.seen) == set(range(6))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_nothing_is_drawn_from_the_global_generator(workers):
+    before = torch.random.get_rng_state()
+    extract_in_memory("--images", Colours(6), colour, Resize(), batch_size=4, workers=workers)
+    assert torch.equal(torch.random.get_rng_state(), before)

@@ -175,3 +175,14 @@ def test_features_of_different_sizes_are_refused():
 def test_too_few_images_are_refused(counts, words):
     with pytest.raises(InputError, match=words):
         fid(real=features(counts[0], 4), generated=features(counts[1], 4))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("which", ["real", "generated"])
+def test_features_that_are_not_finite_are_refused(value, which):
+    sets = {"real": features(30, 3), "generated": features(30, 3, seed=1)}
+    sets[which][7, 1] = value
+    with pytest.raises(InputError, match=f"finite features, but those of the {which} images"):
+        fid(**sets)
+    with pytest.raises(InputError, match=f"finite features, but those of the {which} images"):
+        frechet_distance(**{name: Moments.of(rows) for name, rows in sets.items()})

@@ -4,6 +4,7 @@ import errno
 import json
 import logging
 import os
+import tracemalloc
 import zipfile
 
 import numpy as np
@@ -11,9 +12,10 @@ import pytest
 import torch
 
 from noisycond.errors import InputError
+from noisycond.evaluation import statistics
 from noisycond.evaluation.features import Features
 from noisycond.evaluation.moments import Moments, fid
-from noisycond.evaluation.statistics import load_statistics, save_statistics
+from noisycond.evaluation.statistics import check_statistics, load_statistics, save_statistics
 
 
 SETTINGS = {
@@ -123,6 +125,79 @@ def test_settings_are_compared_as_json_keeps_them(tmp_path):
     assert load_statistics(tmp_path / "stats.npz", settings).settings["resolution"] == [32, 32]
 
 
+def test_our_features_are_mapped_where_they_lie_well(tmp_path):
+    features = Features(normal(5000, 16), spatial=normal(5000, 512, seed=2))
+    save_statistics(tmp_path / "stats.npz", features, SETTINGS)
+    tracemalloc.start()
+    loaded = load_statistics(tmp_path / "stats.npz", SETTINGS)
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert most < features.spatial.nbytes / 2
+    assert loaded.features.pooled.data_ptr() % 64 == loaded.features.spatial.data_ptr() % 64 == 0
+    assert torch.equal(loaded.features.spatial, features.spatial)
+    loaded.features.pooled[:] = 0  # leaves the file
+    assert torch.equal(load_statistics(tmp_path / "stats.npz", SETTINGS).features.pooled, features.pooled)
+
+
+def test_our_features_as_numpy_writes_them_are_read(tmp_path):
+    features = all_features()
+    save_statistics(tmp_path / "stats.npz", features, SETTINGS)
+    with np.load(tmp_path / "stats.npz") as arrays:
+        np.savez(tmp_path / "numpy.npz", **arrays)
+        np.savez_compressed(tmp_path / "compressed.npz", **arrays)
+    for name in ("numpy", "compressed"):
+        loaded = load_statistics(tmp_path / f"{name}.npz", SETTINGS).features
+        assert torch.equal(loaded.pooled, features.pooled) and torch.equal(loaded.labels, features.labels)
+        assert loaded.pooled.numpy().flags.aligned
+
+
+# Checking before anything is drawn
+
+
+def test_a_check_compares_what_is_known(tmp_path):
+    path = tmp_path / "stats.npz"
+    save_statistics(path, all_features(), SETTINGS)
+    check_statistics(path, SETTINGS)
+    other = {**SETTINGS, "resolution": 64, "interpolation": "box"}
+    check_statistics(path, other, ["resolution", "interpolation"])
+    with pytest.raises(InputError, match="made with resolution 32, but this run has 64"):
+        check_statistics(path, other, ["interpolation"])
+    with pytest.raises(InputError, match="made with interpolation lanczos, but this run has box"):
+        check_statistics(path, other, ["resolution"])
+    with pytest.raises(InputError, match="made with weights sha256:ab, but this run has sha256:00"):
+        check_statistics(path, {**other, "weights": "sha256:00"}, ["resolution", "interpolation"])
+
+
+def test_a_check_reads_neither_features_nor_images(tmp_path, caplog):
+    features = Features(normal(5000, 300))
+    save_statistics(tmp_path / "stats.npz", features, SETTINGS)
+    images = adm_batch(tmp_path / "VIRTUAL.npz", dim=768, count=20_000, compressed=True)
+    for name, most in (("stats", features.pooled.nbytes / 10), ("VIRTUAL", images.nbytes / 3)):
+        tracemalloc.start()
+        check_statistics(tmp_path / f"{name}.npz", SETTINGS)
+        assert tracemalloc.get_traced_memory()[1] < most
+        tracemalloc.stop()
+    assert not caplog.records  # it is said once, when the file is used
+
+
+@pytest.mark.parametrize(
+    ("arrays", "words"),
+    [
+        ({"mu": np.zeros(2048), "sigma": np.eye(2048)}, "run with that extractor"),
+        ({"arr_0": np.zeros((2, 8, 8, 3))}, "arr_0 is float64"),
+        ({"arr_0": np.asfortranarray(np.zeros((2, 8, 8, 3), np.uint8)), "arr_1": np.zeros(3, int)}, "one class for"),
+        ({"settings": json.dumps(SETTINGS)}, "features or moments are missing"),
+        ({"settings": "{"}, "cannot be read"),
+        ({"weights": np.zeros(2)}, "only weights"),
+    ],
+)
+def test_a_check_refuses_what_loading_refuses(tmp_path, arrays, words):
+    np.savez(tmp_path / "stats.npz", **arrays)
+    assert words in refusal(tmp_path / "stats.npz")
+    with pytest.raises(InputError, match=words):
+        check_statistics(tmp_path / "stats.npz", SETTINGS)
+
+
 # Writing
 
 
@@ -135,7 +210,7 @@ def test_a_failed_write_leaves_what_was_there(tmp_path, monkeypatch):
         file.write(b"half of it")
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(np, "savez", full)
+    monkeypatch.setattr(statistics, "save_npz", full)
     with pytest.raises(InputError, match=r"--save_stats .*stats\.npz: no space left while writing"):
         save_statistics(path, all_features(), {**SETTINGS, "source": "new"})
     assert path.read_bytes() == before and os.listdir(tmp_path) == ["stats.npz"]
