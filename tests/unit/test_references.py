@@ -85,9 +85,9 @@ def test_a_check_compares_the_size_where_it_is_known(stats, instruments):
 
 def test_features_alone(count_moments):
     extracting, real = Extracting(), open_real("--train_data", "digits", "test")
-    reference = real.measure(extracting, moments=False, wanted=["pooled"])
+    reference = real.measure(extracting, wanted=["pooled"])
     assert extracting.wanted == [["pooled"]] and len(reference.features) == 360
-    assert reference.moments is reference.spatial is None and not count_moments
+    assert not count_moments  # nobody asked for them
     assert reference.class_names == [str(digit) for digit in range(10)]
     whole = real.measure(extracting)
     assert extracting.wanted[1] is None and whole.moments.count == whole.spatial.count == 360
@@ -97,8 +97,8 @@ def test_a_reference_batch_of_others(tmp_path, count_moments):
     pixels = np.random.default_rng(0).integers(0, 256, (9, 4, 4, 1), dtype=np.uint8)
     np.savez(tmp_path / "batch.npz", pixels)
     extracting, real = Extracting(), open_real("--train_data", str(tmp_path / "batch.npz"), None)
-    reference = real.measure(extracting, moments=False, wanted=["pooled"])
-    assert reference.moments is None and not count_moments and extracting.wanted == [["pooled"]]
+    reference = real.measure(extracting, wanted=["pooled"])
+    assert not count_moments and extracting.wanted == [["pooled"]]
     assert (reference.features.pooled[:, 0].numpy() == pixels[:, 0, 0, 0]).all()
     assert real.measure(extracting).moments.count == 9
 
