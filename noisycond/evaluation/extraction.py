@@ -140,6 +140,7 @@ def extract_features(
             total=sum(len(chunks[i]) for i in mine),
             desc=f"features of {option}",
             unit="image",
+            delay=1,
             disable=not accelerator.is_main_process or not mine,
         )
         with bar:

@@ -56,7 +56,7 @@ def check_report_folder(folder: Path, subjects: Sequence[Subject]) -> None:
     except (OSError, ValueError, KeyError, TypeError):  # none, or one that was cut
         return
     now = {(subject.label, member) for subject in subjects for member in subject.members}
-    others = [row["label"] for row in earlier if (row["label"], row["member"]) not in now]
+    others = [str(row.get("label")) for row in earlier if (row.get("label"), row.get("member")) not in now]
     require(
         not others or not now,
         f"--output_dir {folder} holds the report of {', '.join(dict.fromkeys(others))}, which is not measured now; "
