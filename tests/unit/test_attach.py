@@ -4,6 +4,7 @@ import copy
 import inspect
 import pickle
 import random
+import re
 import subprocess
 import sys
 
@@ -11,11 +12,12 @@ import numpy as np
 import pytest
 import scipy.stats
 import torch
-from denoiser_zoo import CLASS_ZOO, ZOO, D, L, class_unet, dit, sd3, sd15, sdxl
+from denoiser_zoo import CLASS_ZOO, ZOO, D, L, class_unet, dit, sana, sd3, sd15, sdxl
+from launching import ROOT
 from torch._dynamo.testing import CompileCounter
 
 import noisycond
-from noisycond.attach import Schedule, attach_cep, find_conditions, unwrap
+from noisycond.attach import Schedule, _arguments, attach_cep, find_conditions, unwrap
 from noisycond.errors import InputError
 from noisycond.perturbation import ConditionEmbeddingPerturbation
 
@@ -171,8 +173,8 @@ def test_which_embeddings(embeddings, expected):
 def test_law(type, gamma):
     model, arguments = zeros(sd3)
     arguments["pooled_projections"] = torch.zeros_like(arguments["pooled_projections"])
-    attach_cep(model, gamma, type)
-    given = [received(model, arguments) for _ in range(200)]
+    attach_cep(model, gamma, type, seed=1)
+    given = [received(model, arguments) for _ in range(300)]
     sequence = torch.stack([one["encoder_hidden_states"] for one in given])
     pooled = torch.stack([one["pooled_projections"] for one in given])
     for draws, dim in ((sequence, D), (pooled, 24)):
@@ -291,7 +293,7 @@ def test_class_models_are_restored(name):
 def test_checkpointed_class_blocks_read_the_delta_of_their_own_forward(reentrant):
     def gradients(checkpointing: bool) -> list[torch.Tensor]:
         model, arguments = make(dit)
-        first, second = arguments, arguments | {"class_labels": torch.tensor([1, 2])}
+        first, second = arguments, arguments | {"timestep": torch.tensor([500, 20])}  # with one tensor of labels
         if checkpointing:
             function = torch.utils.checkpoint.checkpoint
             model.enable_gradient_checkpointing(lambda block, *args: function(block, *args, use_reentrant=reentrant))
@@ -383,6 +385,22 @@ def test_null_class():
     assert null[:, 1].all()
     assert 0 < null[:, 0].float().mean() < 1
     assert not (rows[:, 0] == embedder.embedding_table.weight[3]).all(-1).any()
+
+
+def test_class_embeddings_looked_up_outside_of_the_forward_are_clean():
+    model, arguments = make(class_unet)
+    attach_cep(model)
+    model(**arguments)
+    labels = arguments["class_labels"]
+    assert torch.equal(model.class_embedding(labels), model.class_embedding.weight[labels])
+
+
+def test_null_classes_that_the_trainer_marks():
+    model, arguments = make(class_unet)
+    handle = attach_cep(model, perturb_null=False, null_class=5)
+    handle.mark(null=torch.tensor([True, False]))
+    delta = class_deltas(model, arguments)[0]
+    assert delta[0].abs().max() == 0 and delta[1].abs().max() > 0
 
 
 def test_null_class_by_name():
@@ -587,43 +605,46 @@ def test_saved_models_load_without_it(tmp_path):
     assert same(output(type(model).from_pretrained(tmp_path).train(), arguments), clean)
 
 
-@pytest.mark.parametrize("build", [sd15, dit])
-@pytest.mark.parametrize("order", ["attach, compile", "compile, attach", "compile, run, attach", "in place"])
-def test_compile(build, order):
+def without_dropped_labels(build):
+    """A model of one block whose classes are never dropped: compiled and eager code draw in another order."""
     model, arguments = make(build)
-    torch._dynamo.reset()
-    expected_model, _ = make(build)
-    attach_cep(expected_model, 2.0)
-    for module in (*model.modules(), *expected_model.modules()):
+    del model.transformer_blocks[1:]
+    for module in model.modules():
         if type(module).__name__ == "LabelEmbedding":
             module.dropout_prob = 0.0
+    return model, arguments
+
+
+@pytest.mark.parametrize(("order", "build"), [
+    ("attach, compile", sana), ("attach, compile", dit), ("compile, run, attach", dit), ("in place", dit),
+    ("compile, attach", sana),
+])  # fmt: skip
+def test_compile(order, build):
+    torch._dynamo.reset()
+    model, arguments = without_dropped_labels(build)
+    eager, _ = without_dropped_labels(build)
+    clean = output(eager, arguments)[0]
+    attach_cep(eager, 2.0)
     graphs = CompileCounter()
-    wrapped = model if order == "in place" else torch.compile(model, backend=graphs)
+    handle = attach_cep(model, 2.0) if order == "attach, compile" else None
+    compiled = model if order == "in place" else torch.compile(model, backend=graphs)
     if order == "in place":
         model.compile(backend=graphs)
-    clean = output(wrapped, arguments) if order == "compile, run, attach" else None
-    handle = attach_cep(wrapped if order == "compile, attach" else model, 2.0)
-    before = graphs.frame_count
+    if order == "compile, run, attach":
+        assert (output(compiled, arguments)[0] - clean).abs().max() < 1e-5
+    handle, before = handle or attach_cep(compiled, 2.0), graphs.frame_count
     for _ in range(3):
-        assert (output(wrapped, arguments)[0] - output(expected_model, arguments)[0]).abs().max() < 1e-5
+        attached = output(compiled, arguments)[0]
+        assert (attached - output(eager, arguments)[0]).abs().max() < 1e-5 < (attached - clean).abs().max()
     assert handle.step == 3
-    if order != "in place":
-        assert graphs.frame_count - before == 1  # one graph, compiled once
-    output(wrapped, arguments)
+    assert graphs.frame_count - before == 1  # one graph, compiled once
     handle.remove()
-    expected_model, _ = make(build)
-    for module in expected_model.modules():
-        module.dropout_prob = 0.0
-    result = output(wrapped, arguments)
-    assert (result[0] - output(expected_model, arguments)[0]).abs().max() < 1e-5
-    assert clean is None or (result[0] - clean[0]).abs().max() < 1e-5
+    assert (output(compiled, arguments)[0] - clean).abs().max() < 1e-5
 
 
 def test_compile_with_gradient_checkpointing():
     def gradients(compiled: bool) -> list[torch.Tensor]:
-        model, arguments = make(dit)
-        for block in model.transformer_blocks:
-            block.norm1.emb.class_embedder.dropout_prob = 0.0
+        model, arguments = without_dropped_labels(dit)
         model.enable_gradient_checkpointing()
         attach_cep(model, 8.0)
         torch._dynamo.reset()
@@ -767,3 +788,54 @@ def test_importing_the_package_does_not_import_it():
     code = "import noisycond, sys; assert 'noisycond.attach' not in sys.modules; noisycond.attach_cep; dir(noisycond)"
     subprocess.run([sys.executable, "-c", code], check=True)
     assert noisycond.attach_cep is attach_cep
+
+
+def test_there_is_one_implementation_of_the_law(monkeypatch):
+    # Where the component's draw is a constant, so is δ everywhere: attached, and in the project's own training.
+    from noisycond.denoisers import build_denoiser, find_denoiser
+
+    monkeypatch.setattr(ConditionEmbeddingPerturbation, "draw", lambda self, shape, keys: torch.full(shape, 0.25))
+    model, arguments = zeros(sd3)
+    attach_cep(model)
+    assert (deltas(model, arguments) == 0.25).all() and (deltas(model, arguments, "pooled_projections") > 0.2).all()
+    model, arguments = make(dit)
+    attach_cep(model)
+    assert all((delta - 0.25).abs().max() < 1e-6 for delta in class_deltas(model, arguments))
+    own = build_denoiser(find_denoiser("dit-mini"), class_names=["a", "b"], latent_channels=4, latent_size=8,
+                         perturbation=ConditionEmbeddingPerturbation(1.0))  # fmt: skip
+    given = []
+    own.backbone.forward = lambda noisy, timesteps, embedding: given.append(embedding)
+    labels = torch.tensor([0, 1])
+    own.train()(torch.zeros(2, 4, 8, 8), labels, {"class_labels": labels})
+    assert (given[0] - own.encoder.table(labels) - 0.25).abs().max() < 1e-6
+
+
+# docs/cep_everywhere.md
+
+DOCS = (ROOT / "docs/cep_everywhere.md").read_text(encoding="utf-8")
+ROWS = re.findall(r"^\| `(\w+)`(, [^|]+)? \| [^|]+ \| ([^|]+) \| (yes|no) \|$", DOCS, re.M)
+
+
+def test_the_table_names_what_is_tested():
+    tested = {f"{name}{variant}": places for name, variant, places, tested in ROWS if tested == "yes"}
+    assert tested.keys() == ZOO.keys() | CLASS_ZOO.keys()
+    for name, (_, places) in ZOO.items():
+        assert re.findall(r"`([\w.]+)`", tested[name]) == places
+
+
+def test_the_table_names_what_diffusers_has():
+    import diffusers
+
+    rows = {name: places for name, _, places, tested in ROWS if tested == "no"}
+    for name, places in rows.items():
+        model = getattr(diffusers, name)
+        found = _arguments(model.__new__(model))  # by its signature alone
+        assert re.findall(r"`(\w+)`", places) == [place.name for place in found], name
+    assert len(rows) > 50 and "UniDiffuserModel" not in rows
+
+
+def test_the_options_are_told():
+    options = re.findall(r"^\| `(\w+)`(?:, `(\w+)`)? \|", DOCS.split("## With other tools")[0], re.M)
+    told = {name for row in options for name in row if name}
+    assert set(inspect.signature(attach_cep).parameters) - told == {"model", "schedule_steps", "max_timestep"}
+    assert "`schedule_steps`" in DOCS and "`max_timestep`" in DOCS
