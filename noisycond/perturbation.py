@@ -89,8 +89,8 @@ class ConditionEmbeddingPerturbation(nn.Module):
         return self.add(embedding, delta, where, scale)
 
     def draw(self, shape: torch.Size, keys: torch.Tensor) -> torch.Tensor:
-        """δ for an embedding [B, ..., D] of this shape: float32 [B, ..., D], or [B, 1, ..., D] if shared, on the device of
-        keys [B]."""
+        """δ for an embedding of this shape [B, ..., D], on the device of keys [B]: float32 [B, ..., D], or
+        [B, 1, ..., D] if shared."""
         bound = self.gamma / math.sqrt(shape[-1])
         sizes = [1] * (len(shape) - 2) + [shape[-1]] if self.shared else shape[1:]
         if self.type == "uniform":
