@@ -14,13 +14,13 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 from weakref import WeakSet
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DummyOptim
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
@@ -148,6 +148,11 @@ def _parameters(optimizers: Iterable[Any]) -> set[int] | None:
     return {id(parameter) for group in groups for parameter in group["params"]}
 
 
+def _is_optimizer(entry: Any) -> bool:
+    # accelerate's DummyOptim stands for an optimizer that DeepSpeed makes.
+    return isinstance(entry, torch.optim.Optimizer) or type(entry).__name__ == "DummyOptim"
+
+
 def _why_not(module: nn.Module, trained: set[int] | None) -> str:
     """Why CEP is not attached to a module, in a few words."""
     module = unwrap(module)
@@ -161,13 +166,13 @@ def _why_not(module: nn.Module, trained: set[int] | None) -> str:
 
 
 def _living_denoisers() -> list[nn.Module]:
-    """Every trainable conditional denoiser of diffusers in this process."""
+    """Every trainable conditional denoiser of diffusers in this process, those that lie in another left out."""
+    gc.collect()
     modules = [entry for entry in gc.get_objects() if issubclass(type(entry), nn.Module)]
-    return [
-        module
-        for module in modules
-        if _is_a(module, "ModelMixin") and _has_conditions(module) and _trains(module, None)
-    ]
+    modules = [module for module in modules if _is_a(module, "ModelMixin") and _trains(module, None)]
+    modules = [module for module in modules if _has_conditions(module)]
+    parts = {id(part) for module in modules for part in module.modules() if part is not module}
+    return [module for module in modules if id(module) not in parts]
 
 
 class Attachment:
@@ -236,20 +241,23 @@ class Attachment:
 
     def _preparing(self, accelerator: Accelerator, objects: tuple) -> None:
         modules = [entry for entry in objects if isinstance(entry, nn.Module)]
-        optimizers = [entry for entry in objects if isinstance(entry, (torch.optim.Optimizer, DummyOptim))]
+        optimizers = [entry for entry in objects if _is_optimizer(entry)]
         trained = _parameters(optimizers)
         for module in modules:
             models = [model for model in find_denoisers(module) if _trains(model, trained)]
             if not models:
                 self._passed_over[type(unwrap(module)).__name__] = _why_not(module, trained)
             for model in models:
-                self._attach(model, accelerator)
+                # Blocks of a denoiser may be prepared without it.
+                around = [] if model is unwrap(module) else _living_denoisers()
+                whole = next((other for other in around if any(part is model for part in other.modules())), model)
+                self._attach(whole, accelerator)
         if not optimizers or self.handles:
             return
         # Layers alone may be prepared, as those of LoRA: then the denoiser is the model that holds them.
         denoisers = _living_denoisers()
         for model in denoisers:
-            if trained is not None and _trains(model, trained) and not _lies_in_another(model, denoisers):
+            if trained is not None and _trains(model, trained):
                 self._attach(model, accelerator)
         if not self.handles and not denoisers:
             self.stop("prepares an optimizer, but no conditional denoiser for it that CEP could be attached to")
@@ -327,10 +335,6 @@ def _nothing(accelerator: Accelerator, objects: tuple) -> None:
     """What is seen of a call that trains nothing."""
 
 
-def _lies_in_another(model: nn.Module, models: list[nn.Module]) -> bool:
-    return any(model is not other and any(model is part for part in other.modules()) for other in models)
-
-
 # The settings, beside what the script writes
 
 
@@ -383,7 +387,7 @@ class Settings:
 def _output_dir(words: list[str]) -> str | None:
     """The value of the last `--output_dir`, as argparse reads it."""
     found = None
-    for word, following in zip(words, [*words[1:], None], strict=True):
+    for word, following in zip_longest(words, words[1:]):
         option, equals, value = word.partition("=")
         if option in ("--output_dir", "--output-dir"):
             found = value if equals else following
@@ -402,9 +406,9 @@ def split_command(argv: list[str]) -> tuple[LaunchArguments, Path, list[str]]:
     where = argv.index("--") if "--" in argv else len(argv)
     flags, words = argv[:where], argv[where + 1 :]
     asks_for_help = {"-h", "--help"} & set(flags)
-    require("--" in argv or asks_for_help, f"the script goes behind a -- of its own, as in: {USAGE}")
+    require("--" in argv or asks_for_help, f"the script goes behind a -- of its own, as in: {USAGE}.")
     arguments = parse_arguments(LaunchArguments, flags)
-    require(words, f"there is no script behind the --, as in: {USAGE}")
+    require(words, f"there is no script behind the --, as in: {USAGE}.")
     script = Path(words[0])
     require(script.is_file(), f"the script {script} is not there: no such file.")
     return arguments, script, words[1:]
