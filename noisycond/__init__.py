@@ -6,4 +6,12 @@ from noisycond.corruption import LabelCorruption, corrupt_labels
 from noisycond.perturbation import ConditionEmbeddingPerturbation
 
 
-__all__ = ["ConditionEmbeddingPerturbation", "LabelCorruption", "corrupt_labels"]
+__all__ = ["ConditionEmbeddingPerturbation", "LabelCorruption", "attach_cep", "corrupt_labels"]
+
+
+def __getattr__(name: str):
+    if name == "attach_cep":  # imported when asked for: it takes torch's compiler along
+        from noisycond.attach import attach_cep
+
+        return attach_cep
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -38,32 +38,47 @@ class ConditionEmbeddingPerturbation(nn.Module):
         gamma: γ ≥ 0; the paper's default is 1.
         type: `uniform` (CEP-U) or `gaussian` (CEP-G).
         seed: seed of the draws.
+        shared: one δ [D] per example for all its tokens, instead of one per token.
+        purpose: what the draws are for; two embeddings of one example need two names, or they get the same δ.
 
     Raises:
         ValueError: γ is negative or not finite, or the type is unknown.
     """
 
-    def __init__(self, gamma: float = 1.0, type: str = "uniform", seed: int = 0):
+    def __init__(
+        self,
+        gamma: float = 1.0,
+        type: str = "uniform",
+        seed: int = 0,
+        shared: bool = False,
+        purpose: str = Purpose.CONDITION_PERTURBATION,
+    ):
         super().__init__()
         if not (gamma >= 0.0 and math.isfinite(gamma)):
             raise ValueError(f"the CEP scale gamma is {gamma}, but it must be 0 or a positive number.")
         if type not in CEP_TYPES:
             raise ValueError(f"the CEP type is {type!r}, but it must be one of {', '.join(CEP_TYPES)}.")
         self.gamma, self.type, self.seed = float(gamma), type, seed
+        self.shared, self.purpose = shared, purpose
         self.calls = 0
 
     def extra_repr(self) -> str:
         return f"gamma={self.gamma}, type={self.type!r}, seed={self.seed}"
 
     def forward(
-        self, embedding: torch.Tensor, keys: torch.Tensor | None = None, where: torch.Tensor | None = None
+        self,
+        embedding: torch.Tensor,
+        keys: torch.Tensor | None = None,
+        where: torch.Tensor | None = None,
+        scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Perturbs a batch of embeddings.
 
         Args:
             embedding [B, ..., D]: any floating dtype.
             keys [B]: int64; δ of an example is a function of (seed, key). None: the module's own stream.
-            where [B]: bool; only these examples are perturbed. None: all.
+            where [B] or [B, L]: bool; only these examples, or tokens, are perturbed. None: all.
+            scale [] or [B]: float; a factor on γ, for all or per example. None: 1.
 
         Returns:
             The embedding's shape and dtype. δ is drawn in float32 and cast.
@@ -71,16 +86,30 @@ class ConditionEmbeddingPerturbation(nn.Module):
         if not self.training or self.gamma == 0.0:
             return embedding
         delta = self.draw(embedding.shape, self._own_keys(embedding) if keys is None else keys)
-        if where is not None:
-            delta = delta * where.reshape(-1, *[1] * (embedding.dim() - 1))
-        return embedding + delta.to(embedding.dtype)
+        return self.add(embedding, delta, where, scale)
 
     def draw(self, shape: torch.Size, keys: torch.Tensor) -> torch.Tensor:
-        """δ for an embedding of this shape [B, ..., D]: float32, on the device of keys [B]."""
-        scale = self.gamma / math.sqrt(shape[-1])
+        """δ for an embedding of this shape [B, ..., D], on the device of keys [B]: float32 [B, ..., D], or
+        [B, 1, ..., D] if shared."""
+        bound = self.gamma / math.sqrt(shape[-1])
+        sizes = [1] * (len(shape) - 2) + [shape[-1]] if self.shared else shape[1:]
         if self.type == "uniform":
-            return (2.0 * randomness.uniform(self.seed, Purpose.CONDITION_PERTURBATION, keys, shape[1:]) - 1.0) * scale
-        return randomness.normal(self.seed, Purpose.CONDITION_PERTURBATION, keys, shape[1:]) * scale
+            return (2.0 * randomness.uniform(self.seed, self.purpose, keys, sizes) - 1.0) * bound
+        return randomness.normal(self.seed, self.purpose, keys, sizes) * bound
+
+    @staticmethod
+    def add(
+        embedding: torch.Tensor,
+        delta: torch.Tensor,
+        where: torch.Tensor | None = None,
+        scale: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """The embedding with a δ that was drawn before; arguments as in `forward`."""
+        if scale is not None:
+            delta = delta * scale.to(delta).reshape(-1, *[1] * (embedding.dim() - 1))
+        if where is not None:
+            delta = delta * where.reshape(*where.shape, *[1] * (embedding.dim() - where.dim()))
+        return embedding + delta.to(embedding.dtype)
 
     def _own_keys(self, embedding: torch.Tensor) -> torch.Tensor:
         self.calls += 1

@@ -11,9 +11,11 @@ from noisycond.arguments import Arguments, parse_arguments
 from noisycond.convert import ConvertArguments, with_flags
 from noisycond.evaluation.metrics import METRICS
 from noisycond.evaluation.options import MetricArguments
+from noisycond.launch import split_command
 from noisycond.recipes import recipe_names
 
 
+CEP_EVERYWHERE = (ROOT / "docs/cep_everywhere.md").read_text(encoding="utf-8")
 CHECKPOINTS = (ROOT / "docs/checkpoints.md").read_text(encoding="utf-8")
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 RECIPES_README = (ROOT / "recipes/README.md").read_text(encoding="utf-8")
@@ -40,7 +42,7 @@ def arguments_class(script: str) -> type[Arguments]:
 def commands(text: str) -> list[str]:
     blocks = re.findall(r"```bash\n(.*?)```", text, re.S)
     lines = [line for block in blocks for line in block.splitlines()]
-    return [line for line in lines if re.search(r"(?<![/\w])\w+\.py\b", line)]
+    return [line for line in lines if re.search(r"(?<![/\w])\w+\.py\b", line) and "noisycond.launch" not in line]
 
 
 def test_there_are_commands():
@@ -54,6 +56,19 @@ def test_command_parses(command, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "imagenet/train").mkdir(parents=True)
     parse_arguments(arguments_class(script), words[words.index(script) + 1 :], SCRIPTS[script][1])
+
+
+@pytest.mark.parametrize("text", [README, CEP_EVERYWHERE], ids=["README", "cep_everywhere"])
+def test_launch_of_another_script_parses(text, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    lines = re.findall(r"^accelerate launch -m noisycond\.launch (.*)$", text, re.M)
+    assert lines
+    for line in lines:
+        words = shlex.split(line)
+        script = next(word for word in words if word.endswith(".py"))
+        (tmp_path / script).touch()
+        arguments, found, rest = split_command(words)
+        assert arguments.cep_gamma == 1 and found.name == script and "--output_dir" in rest
 
 
 def conversions() -> list[str]:

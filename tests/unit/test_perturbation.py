@@ -288,3 +288,30 @@ def test_smoothing_is_smoothing_of_the_labels():
     found = torch.autograd.grad((smooth_embedding(table[labels], table, 0.2) * weight).sum(), table)[0]
     assert (found - expected).abs().max() < 1e-6
     assert smooth_embedding(table[labels].bfloat16(), table, 0.2).dtype == torch.bfloat16
+
+
+# What attach.py asks of it
+
+
+def test_scale_and_tokens():
+    perturb, keys = ConditionEmbeddingPerturbation(1.0), KEYS[:3]
+    plain = perturb(torch.zeros(3, 4, 8), keys)
+    scaled = perturb(torch.zeros(3, 4, 8), keys, scale=torch.tensor([0.0, 1.0, 0.5]))
+    assert (scaled - plain * torch.tensor([0.0, 1.0, 0.5])[:, None, None]).abs().max() < 1e-6
+    assert (perturb(torch.zeros(3, 4, 8), keys, scale=torch.tensor(0.5)) - 0.5 * plain).abs().max() < 1e-6
+    tokens = torch.arange(12).reshape(3, 4) % 3 == 0
+    assert torch.equal(perturb(torch.zeros(3, 4, 8), keys, where=tokens), plain * tokens[..., None])
+
+
+@pytest.mark.parametrize("type", CEP_TYPES)
+def test_shared_over_tokens(type):
+    perturb = ConditionEmbeddingPerturbation(1.0, type, shared=True)
+    result = perturb(torch.zeros(2, 5, 8), KEYS[:2])
+    assert torch.equal(result, result[:, :1].expand(2, 5, 8)) and result[0, 0].unique().numel() == 8
+    flat = torch.zeros(2, 8)
+    assert torch.equal(perturb(flat, KEYS[:2]), ConditionEmbeddingPerturbation(1.0, type)(flat, KEYS[:2]))
+
+
+def test_purposes_are_independent():
+    first, second = (ConditionEmbeddingPerturbation(1.0, purpose=name).draw((4000, 4), KEYS) for name in ("a", "b"))
+    assert abs(torch.corrcoef(torch.stack([first.flatten(), second.flatten()]))[0, 1]) < 5 * 16_000**-0.5
