@@ -11,7 +11,8 @@ import torch
 from launching import ROOT
 from safetensors.torch import load_file, save_file
 
-from noisycond.launch import LaunchArguments, main, split_command
+from noisycond.attach import find_conditions
+from noisycond.launch import LaunchArguments, find_denoisers, main, split_command
 
 
 SCRIPT = """
@@ -274,7 +275,15 @@ def test_accelerate_launch(train, launched, tmp_path):
     assert done.stdout.count("on UNet2DConditionModel") == 1
     both = result(folder)
     assert both.settings["attached"][0]["seed"] == 5
-    assert not same(both.weights, launched("--cep_gamma", 0, name="off").weights)
+    # Every example's embedding as it is without CEP: DDP's model was perturbed in every forward.
+    off = launched("--cep_gamma", 0, name="off", words=["--max_train_steps", 8])
+    clean = {}
+    for (indices, *_), states in zip(off.drawn, off.seen_by["student"], strict=True):
+        clean |= dict(zip(indices, states, strict=True))
+    assert len(both.drawn) == 8 and len(clean) == 32
+    for (indices, *_), states in zip(both.drawn, both.seen_by["student"], strict=True):
+        delta = states - torch.stack([clean[index] for index in indices])
+        assert 0.8 * 12**-0.5 < delta.abs().max() <= 12**-0.5 + 1e-5
 
 
 # What it is attached to
@@ -362,6 +371,14 @@ def test_the_models_that_are_trained(tmp_path, which, models):
     assert [settings["model"] for settings in attached] == models
 
 
+def test_a_text_encoder_is_no_denoiser():
+    """Though BERT's forward takes encoder_hidden_states."""
+    from transformers import BertConfig, BertModel
+
+    bert = BertModel(BertConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2))
+    assert find_conditions(bert) and find_denoisers(bert) == []
+
+
 def test_every_option_arrives(tmp_path):
     """No flag is forgotten on its way to attach_cep, and nothing stays patched."""
     from accelerate import Accelerator
@@ -409,6 +426,33 @@ def test_resume(launched, tmp_path, capsys):
     (tmp_path / "gamma1/checkpoint-2/cep_state.json").unlink()
     assert close(deltas(*resume), whole[:4]) and "was saved without CEP" in capsys.readouterr().err
     assert not close(whole[:4], whole[4:])
+
+
+OPENING = """
+class Sharded:
+    def state_dict(self):
+        return {}
+
+    def load_state_dict(self, state):
+        for parameter in unet.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+
+
+optimizer = torch.optim.SGD(unet.parameters())
+accelerator.prepare(unet, optimizer)
+accelerator.register_for_checkpointing(Sharded())
+accelerator.save_state(sys.argv[2])
+accelerator.load_state(sys.argv[2])
+"""
+
+
+def test_a_step_that_opens_an_optimizer_s_state_is_none_of_training(tmp_path):
+    """torch.distributed.checkpoint takes one, on gradients of zero, before the first forward."""
+    script = tmp_path / "train.py"
+    script.write_text(TWO_MODELS.partition("which =")[0] + OPENING)
+    main(["--", str(script), "--output_dir", str(tmp_path / "run")])
+    assert json.loads((tmp_path / "run/cep_state.json").read_text()) == [{"step": 0, "seed": 0}]
 
 
 def test_gamma_0_saves_no_state(launched, tmp_path):
