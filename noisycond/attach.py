@@ -271,6 +271,13 @@ def attach_cep(
     )  # fmt: skip
 
 
+def _carries_cep(module: nn.Module) -> bool:
+    """Whether a module perturbs condition embeddings: by a hook, or by itself."""
+    if isinstance(module, ConditionEmbeddingPerturbation):
+        return module.gamma > 0
+    return any(isinstance(hook, _Hook) for hook in module._forward_pre_hooks.values())
+
+
 class AttachedCEP:
     """The handle [`attach_cep`] returns; the arguments are explained there.
 
@@ -278,6 +285,7 @@ class AttachedCEP:
         model: the unwrapped denoiser.
         conditions: where its condition embeddings are perturbed.
         step: forwards perturbed so far; set it, or load a state dict, to resume.
+        refused: the last error of a training forward that was refused, which the trainer may have caught; or None.
     """
 
     def __init__(self, model: nn.Module, gamma: float, type: str, *, embeddings: str, **options: Any):
@@ -291,7 +299,7 @@ class AttachedCEP:
         self.schedule_steps, self.max_timestep = options["schedule_steps"], options["max_timestep"]
         if isinstance(self.null_embedding, torch.Tensor):
             self.null_embedding = {"encoder_hidden_states": self.null_embedding}
-        self.step = 0
+        self.step, self.refused = 0, None
         self.conditions = find_conditions(self.model, embeddings)
         self._names = _parameters(self.model)
         self._perturbations: dict[str, ConditionEmbeddingPerturbation] = {}
@@ -305,6 +313,10 @@ class AttachedCEP:
 
     def _check(self) -> None:
         name, kinds = type(self.model).__name__, {place.kind for place in self.conditions}
+        require(
+            not isinstance(self.model, nn.DataParallel),
+            "torch's DataParallel runs the model in several threads, which would share a count of forwards; use DDP.",
+        )
         if not self.conditions:
             others = find_conditions(self.model)
             why = (
@@ -314,10 +326,9 @@ class AttachedCEP:
             )
             kind = "" if self.embeddings == "both" else f"{self.embeddings} "
             raise InputError(f"{name} has no {kind}condition embedding that CEP could perturb: {why}.")
-        require(
-            not any(isinstance(hook, _Hook) for hook in self.model._forward_pre_hooks.values()),
-            f"{name} already carries CEP; remove the first one before attaching another.",
-        )
+        carrying = [module for module in self.model.modules() if _carries_cep(module)]
+        where = "" if not carrying or carrying[0] is self.model else f", in its {type(carrying[0]).__name__}"
+        require(not carrying, f"{name} already carries CEP{where}; remove the first one before attaching another.")
         for value, needs, option in (
             (self.perturb_padding, "sequence", "perturb_padding=False"),
             (not self.shared, "sequence", "shared=True"),
@@ -350,7 +361,7 @@ class AttachedCEP:
 
     def _register(self) -> None:
         # The model's own hooks run outside of a compiled graph; those of its class embeddings are traced into it.
-        before, after = torch.compiler.disable(self._before), torch.compiler.disable(self._after)
+        before, after = torch.compiler.disable(self._before_or_refuse), torch.compiler.disable(self._after)
         self._hooks = [self.model.register_forward_pre_hook(_Hook(before), with_kwargs=True)]
         tables = [place.name for place in self.conditions if place.kind == "class"]
         for name in tables:
@@ -428,6 +439,13 @@ class AttachedCEP:
         return f"CEP ({self.type}, gamma {self.gamma:g}) on {type(self.model).__name__}: {', '.join(places)}"
 
     # One forward
+
+    def _before_or_refuse(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        try:
+            return self._before(module, args, kwargs)
+        except InputError as error:
+            self.refused = error
+            raise
 
     def _before(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         self._delta = None
@@ -602,8 +620,9 @@ class _Forward:
                 largest <= cep.max_timestep,
                 f"a timestep is {largest:g}, but max_timestep is {cep.max_timestep:g}.",
             )
+            fractions = timesteps.is_floating_point() and bool((timesteps != timesteps.round()).any())
             require(
-                largest > 1 or cep.max_timestep <= 1 or not timesteps.is_floating_point(),
+                largest > 1 or cep.max_timestep <= 1 or not fractions,
                 f"the timesteps are fractions up to {largest:g}, but max_timestep is {cep.max_timestep:g}: a model "
                 "that is given [0, 1] needs max_timestep=1.",
             )

@@ -9,6 +9,7 @@ import functools
 import gc
 import json
 import math
+import os
 import runpy
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -28,6 +29,7 @@ from noisycond import __version__
 from noisycond.arguments import Arguments, flag, parse_arguments
 from noisycond.attach import EMBEDDINGS, AttachedCEP, Schedule, attach_cep, find_conditions, unwrap
 from noisycond.errors import InputError, is_main_process, require
+from noisycond.perturbation import ConditionEmbeddingPerturbation
 
 
 USAGE = "python -m noisycond.launch --cep_gamma 1 -- train.py --output_dir runs/cep"
@@ -243,6 +245,9 @@ class Attachment:
         modules = [entry for entry in objects if isinstance(entry, nn.Module)]
         optimizers = [entry for entry in objects if _is_optimizer(entry)]
         trained = _parameters(optimizers)
+        for part in (part for module in modules for part in module.modules()):
+            if isinstance(part, ConditionEmbeddingPerturbation) and part.gamma > 0:
+                _fail(f"{self.script} perturbs its condition embeddings by itself; use its own flags for that.")
         for module in modules:
             models = [model for model in find_denoisers(module) if _trains(model, trained)]
             if not models:
@@ -263,8 +268,10 @@ class Attachment:
             self.stop("prepares an optimizer, but no conditional denoiser for it that CEP could be attached to")
 
     def _attach(self, model: nn.Module, accelerator: Accelerator) -> None:
-        if any(handle.model is model for handle in self.handles):
-            return
+        parts = {id(part) for part in model.modules()}
+        inside = [handle for handle in self.handles if any(part is model for part in handle.model.modules())]
+        if inside or any(id(handle.model) in parts for handle in self.handles):
+            return  # perturbed already, by itself or with what it lies in or holds
         kinds = {place.kind for place in find_conditions(model, self.options["embeddings"])}
         require(
             self.options["perturb_null"] or self.options["null_embedding"] is not None or kinds <= {"class"},
@@ -414,9 +421,14 @@ def split_command(argv: list[str]) -> tuple[LaunchArguments, Path, list[str]]:
     return arguments, script, words[1:]
 
 
-def run_script(script: Path, words: list[str]) -> None:
+def run_script(script: Path, words: list[str], restore: bool = True) -> None:
     """Runs a script as `python script words...` does: as `__main__`, with its `sys.argv` and its folder first in
-    `sys.path`."""
+    `sys.path`.
+
+    Args:
+        restore: put both back afterwards; where the process ends with the script, its exit handlers want them as they
+            are.
+    """
     argv, path = sys.argv, list(sys.path)
     sys.argv = [str(script), *words]
     if not sys.flags.safe_path:
@@ -424,7 +436,8 @@ def run_script(script: Path, words: list[str]) -> None:
     try:
         runpy.run_path(str(script), run_name="__main__")
     finally:
-        sys.argv, sys.path[:] = argv, path
+        if restore:
+            sys.argv, sys.path[:] = argv, path
 
 
 def _warn(sentence: str) -> None:
@@ -432,9 +445,11 @@ def _warn(sentence: str) -> None:
         print(f"noisycond: {sentence}", file=sys.stderr, flush=True)
 
 
-def _fail(sentence: object) -> NoReturn:
+def _fail(sentence: object, of_this_process: bool = False) -> NoReturn:
     if is_main_process():
         print(f"error: {sentence}", file=sys.stderr, flush=True)
+    elif of_this_process:  # the others may be well
+        print(f"error: process {os.environ['RANK']}: {sentence}", file=sys.stderr, flush=True)
     raise SystemExit(2) from None
 
 
@@ -445,6 +460,7 @@ def main(argv: list[str] | None = None) -> None:
         SystemExit: with status 2 after a sentence on standard error: bad flags, a script that would train without CEP,
             or a training forward that CEP refuses.
     """
+    running, restore = False, argv is not None
     try:
         arguments, script, words = split_command(list(sys.argv[1:] if argv is None else argv))
         settings = Settings(arguments, words)
@@ -452,30 +468,34 @@ def main(argv: list[str] | None = None) -> None:
             if is_main_process():
                 print(f"noisycond: CEP is off (gamma 0), {script} runs as it is", flush=True)
             try:
-                run_script(script, words)
+                run_script(script, words, restore)
             finally:
                 settings.finish()
             return
-        attachment = Attachment(arguments, str(script), settings.attached)
+        attachment, running = Attachment(arguments, str(script), settings.attached), True
         with attachment.watching():
             try:
-                _run_to_its_end(script, words, attachment)
+                _run_to_its_end(script, words, attachment, restore)
             finally:
                 if attachment.handles:
                     settings.finish()
     except InputError as error:
-        _fail(error)
+        _fail(error, of_this_process=running)
 
 
-def _run_to_its_end(script: Path, words: list[str], attachment: Attachment) -> None:
+def _run_to_its_end(script: Path, words: list[str], attachment: Attachment, restore: bool) -> None:
     try:
-        run_script(script, words)
+        run_script(script, words, restore)
     except SystemExit as leaving:
         asked_for_help = {"-h", "--help"} & set(words)
-        if leaving.code not in (None, 0) or asked_for_help or attachment.handles:
+        refused = any(handle.refused for handle in attachment.handles)
+        if leaving.code not in (None, 0) or asked_for_help or (attachment.handles and not refused):
             raise
+    for handle in attachment.handles:
+        if handle.refused:  # the script caught it and went on
+            raise handle.refused
     if not attachment.handles:
-        attachment.stop("has ended, and CEP was attached to nothing")
+        attachment.stop("has ended, and CEP was attached to nothing (processes that it started itself are not seen)")
 
 
 if __name__ == "__main__":

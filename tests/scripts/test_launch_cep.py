@@ -11,6 +11,7 @@ import torch
 from launching import ROOT
 from safetensors.torch import load_file, save_file
 
+from noisycond import launch
 from noisycond.attach import find_conditions
 from noisycond.launch import LaunchArguments, find_denoisers, main, split_command
 
@@ -470,7 +471,15 @@ def test_another_seed_is_not_resumed(launched, train, tmp_path, capsys):
 # Refusals
 
 
-def test_a_script_that_trains_something_else_is_stopped(train, tmp_path, capsys):
+@pytest.fixture
+def alone(monkeypatch):
+    """No denoiser of another test lives in this process, which a script of this one might yet train."""
+    others = launch._living_denoisers()
+    here = launch._living_denoisers
+    monkeypatch.setattr(launch, "_living_denoisers", lambda: [m for m in here() if all(m is not o for o in others)])
+
+
+def test_a_script_that_trains_something_else_is_stopped(train, tmp_path, capsys, alone):
     sentence = stopped(capsys, "--", train, "--output_dir", tmp_path / "run", "--trained", "text_encoder")
     assert "prepares an optimizer" in sentence and "CLIPTextModel (a model of transformers" in sentence
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == []
@@ -497,7 +506,7 @@ STEP = "model(torch.ones(2)).backward()\ntorch.optim.SGD(model.parameters()).ste
         (START + "Accelerator(cpu=True).prepare(model, torch.optim.SGD(model.parameters()))", "prepares an optimizer"),
     ],
 )
-def test_nothing_to_attach_to(tmp_path, capsys, text, words):
+def test_nothing_to_attach_to(tmp_path, capsys, text, words, alone):
     script = tmp_path / "train.py"
     script.write_text(text)
     sentence = stopped(capsys, "--", script)
@@ -611,3 +620,43 @@ def test_the_flags_are_the_options_of_attach_cep():
     assert {name.removeprefix("cep_") for name in LaunchArguments().flags()} == options
     defaults = {name: value.default for name, value in inspect.signature(attach_cep).parameters.items()}
     assert LaunchArguments().options() == {name: defaults[name] for name in options}
+
+
+def test_the_project_s_own_perturbation_is_not_doubled(tmp_path, capsys):
+    words = [
+        "--cep_gamma",
+        "1",
+        "--max_train_steps",
+        "1",
+        "--output_dir",
+        str(tmp_path / "run"),
+        "--report_to",
+        "none",
+    ]
+    sentence = stopped(capsys, "--cep_gamma", "1", "--", ROOT / "train_class_cond.py", *words)
+    assert "train_class_cond.py perturbs its condition embeddings by itself" in sentence
+
+
+def test_a_refusal_that_the_script_catches_ends_it(tmp_path, capsys):
+    script = tmp_path / "catches.py"
+    script.write_text(
+        "import torch\nfrom accelerate import Accelerator\nfrom diffusers import UNet2DConditionModel\n"
+        "unet = UNet2DConditionModel(block_out_channels=(8, 8), norm_num_groups=4, layers_per_block=1,\n"
+        "    down_block_types=('DownBlock2D', 'CrossAttnDownBlock2D'), cross_attention_dim=8, attention_head_dim=4,\n"
+        "    up_block_types=('CrossAttnUpBlock2D', 'UpBlock2D')).train()\n"
+        "optimizer = torch.optim.SGD(unet.parameters())\n"
+        "unet, optimizer = Accelerator(cpu=True).prepare(unet, optimizer)\n"
+        "try:\n"
+        "    unet(torch.zeros(1, 4, 8, 8), 0, torch.zeros(1, 3, 8))\n"
+        "except ValueError:\n"
+        "    print('skipped a batch')\n"
+    )
+    sentence = stopped(capsys, "--no_cep_perturb_padding", "--", str(script))
+    assert "perturb_padding" in sentence
+
+
+def test_the_process_that_fails_says_so(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "3")
+    with pytest.raises(SystemExit):
+        launch._fail("it is odd", of_this_process=True)
+    assert capsys.readouterr().err == "error: process 3: it is odd\n"

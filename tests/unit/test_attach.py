@@ -839,3 +839,37 @@ def test_the_options_are_told():
     told = {name for row in options for name in row if name}
     assert set(inspect.signature(attach_cep).parameters) - told == {"model", "schedule_steps", "max_timestep"}
     assert "`schedule_steps`" in DOCS and "`max_timestep`" in DOCS
+
+
+def test_what_holds_a_perturbed_model_is_refused():
+    """Twice attached, by the same seed, would be twice the noise."""
+
+    class Around(torch.nn.Module):
+        def __init__(self, inside):
+            super().__init__()
+            self.inside = inside
+
+        def forward(self, encoder_hidden_states):
+            return encoder_hidden_states
+
+    model, _ = make(sd15)
+    handle = attach_cep(model)
+    with pytest.raises(InputError, match="Around already carries CEP, in its UNet2DConditionModel"):
+        attach_cep(Around(model))
+    handle.remove()
+    attach_cep(Around(model)).remove()
+    with pytest.raises(InputError, match="Around already carries CEP, in its ConditionEmbeddingPerturbation"):
+        attach_cep(Around(ConditionEmbeddingPerturbation(1.0)))
+    attach_cep(Around(ConditionEmbeddingPerturbation(0.0))).remove()
+
+
+def test_data_parallel_is_refused():
+    with pytest.raises(InputError, match="use DDP"):
+        attach_cep(torch.nn.DataParallel(make(sd15)[0]))
+
+
+def test_a_whole_timestep_of_one_is_no_fraction():
+    model, arguments = make(sd15)
+    handle = attach_cep(model, timestep_schedule="linear", max_timestep=1000)
+    model(**arguments | {"timestep": torch.ones(len(arguments["sample"]))})
+    assert handle.step == 1 and handle.refused is None
