@@ -95,7 +95,7 @@ class ClipScore:
         # transformers fills what the file lacks with random numbers and goes on.
         missing = sorted(loading["missing_keys"])
         require(not missing, f"--clip_model {model} has no weights for {len(missing)} tensors of a CLIP; {_OFFLINE}.")
-        self.model = clip.to(device).eval()
+        self.model, self.weights_hash = clip.to(device).eval(), state_hash(clip)  # asked for with every set of images
         self.name, self.weight, self.device, self.batch_size = model, weight, device, batch_size
 
     def score(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> torch.Tensor:
@@ -125,7 +125,7 @@ class ClipScore:
 
     def settings(self) -> dict:
         """What decides the scores, as JSON values."""
-        return {"model": self.name, "weights": state_hash(self.model), "weight": self.weight}
+        return {"model": self.name, "weights": self.weights_hash, "weight": self.weight}
 
     def extract(self, images: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         """Unit embeddings of images, uint8 [B, 3, H, W] in [0, 255], float32 [B, E]; as a feature extractor gives

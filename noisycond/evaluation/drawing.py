@@ -46,6 +46,11 @@ class ImageSet:
         return self.label if self.guidance_scale is None else f"{self.label}, guidance scale {self.guidance_scale:g}"
 
 
+def file_name(label: str) -> str:
+    """A label as a part of a file's or folder's name."""
+    return re.sub(r"[^\w.+-]", "_", label)
+
+
 def parse_subjects(option: str, words: Sequence[str]) -> list[Subject]:
     """`FOLDER`, or `LABEL=FOLDER,FOLDER` for several runs of one setting. What exists as a path is one folder,
     whatever signs are in its name.
@@ -115,7 +120,7 @@ def draw_sets(
     sets = []
     for subject in subjects:
         for number, member in enumerate(subject.members):
-            place = re.sub(r"[^\w.+-]", "_", subject.label) + (f"-{number}" if len(subject.members) > 1 else "")
+            place = file_name(subject.label) + (f"-{number}" if len(subject.members) > 1 else "")
             opened = open_for_drawing(member, args, accelerator)
             check(opened)
             for scale in guidance_scales:

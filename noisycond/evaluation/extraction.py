@@ -157,8 +157,7 @@ def extract_features(
 
     on_all(accelerator, work)
     arrays = {name: torch.from_numpy(np.load(folder / f"{name}.npy", mmap_mode="c")) for name in shapes}
-    labels = None if source.labels is None else torch.from_numpy(np.asarray(source.labels, dtype=np.int64))
-    return Features(**{"pooled": None} | arrays, labels=labels)
+    return Features(**{"pooled": None} | arrays, labels=_labels(source))
 
 
 def extract_in_memory(
@@ -181,8 +180,11 @@ def extract_in_memory(
                 _check_finite(option, source, batch, rows)
                 parts[name].append(rows)
     arrays = {name: torch.cat(rows) if rows else None for name, rows in parts.items()}
-    labels = None if source.labels is None else torch.from_numpy(np.asarray(source.labels, dtype=np.int64))
-    return Features(**arrays, labels=labels)
+    return Features(**arrays, labels=_labels(source))
+
+
+def _labels(source: ImageSource) -> torch.Tensor | None:
+    return None if source.labels is None else torch.from_numpy(np.asarray(source.labels, dtype=np.int64))
 
 
 def _shapes(extract: Extract, size: tuple[int, int], wanted: Sequence[str]) -> dict[str, int]:

@@ -1,13 +1,11 @@
 """The pictures of an evaluation: samples of all runs side by side, memorized samples, circular walks."""
 
-import logging
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
 from accelerate import Accelerator
 
-from noisycond.evaluation.drawing import ImageSet
+from noisycond.evaluation.drawing import ImageSet, file_name
 from noisycond.evaluation.figures import circular_walk, nearest_neighbours, save_walk, side_by_side
 from noisycond.evaluation.images import Resize, read_image
 from noisycond.evaluation.neighbours import nearest
@@ -16,7 +14,6 @@ from noisycond.evaluation.suite import Evidence
 from noisycond.generation import open_for_drawing
 
 
-logger = logging.getLogger(__name__)
 CANDIDATES = 2000  # generated images among which the most memorized are looked for
 ROWS, NEIGHBOURS = 6, 4
 GRIDS = 8  # sample grids side by side
@@ -46,7 +43,7 @@ def draw_figures(
         first_of_scale.setdefault((image_set.label, image_set.guidance_scale), image_set)
     written = [draw_samples(list(first_of_scale.values())[:GRIDS], folder / "samples.png")]
     for label, (image_set, seen) in first.items():
-        place = re.sub(r"[^\w.+-]", "_", label)
+        place = file_name(label)
         if train is not None and train.source is not None and seen.train is not None:
             written.append(draw_memorized(image_set, seen, train, resize, folder / f"memorized-{place}.png"))
         if image_set.option == "--pipeline":

@@ -20,10 +20,10 @@ from noisycond import sampling
 from noisycond.arguments import Arguments, flag
 from noisycond.cards import public_name
 from noisycond.data.sources import ImageSource, Subset
-from noisycond.errors import InputError, closest, require
+from noisycond.errors import InputError, require
 from noisycond.evaluation.images import Resize
 from noisycond.evaluation.instruments import Extraction, Instruments
-from noisycond.evaluation.metrics import METRICS
+from noisycond.evaluation.metrics import METRICS, check_names
 from noisycond.evaluation.model_index import add_results_to_card, model_index_results
 from noisycond.evaluation.options import MetricArguments
 from noisycond.evaluation.references import open_real
@@ -57,10 +57,7 @@ class EvaluationArguments(Arguments):
         super().__post_init__()
         require(self.eval_steps >= 0, f"--eval_steps is {self.eval_steps}, but it must not be negative.")
         require(self.eval_num_images > 1, f"--eval_num_images is {self.eval_num_images}, but it must be at least 2.")
-        for name in self.eval_metrics:
-            if name not in METRICS:
-                known = ", ".join(METRICS)
-                raise InputError(f"--eval_metrics {name}: no such metric{closest(name, METRICS)}; there are {known}.")
+        check_names("--eval_metrics", self.eval_metrics)
         require(
             self.eval_steps == 0 or self.eval_metrics, "--eval_metrics is empty; name a metric or set --eval_steps 0."
         )

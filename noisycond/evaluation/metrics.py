@@ -1,7 +1,10 @@
 """The metrics by name: what each is called in tables, which way is better, and what it needs."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
+
+from noisycond.errors import InputError, closest
 
 
 @dataclass(frozen=True)
@@ -45,3 +48,11 @@ METRICS = {
     "lpips_diversity": Metric("LPIPS diversity", "higher", "lpips"),
     "class_agreement": Metric("class agreement", "higher", "class_agreement"),
 }
+
+
+def check_names(option: str, names: Sequence[str]) -> None:
+    """Raises InputError for a name that is no metric's; names the flag and the nearest metric."""
+    for name in names:
+        if name not in METRICS:
+            known = ", ".join(METRICS)
+            raise InputError(f"{option} {name}: no such metric{closest(name, METRICS)}; there are {known}.")

@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from noisycond.arguments import Arguments, flag
-from noisycond.errors import InputError, closest, require
-from noisycond.evaluation.metrics import METRICS
+from noisycond.errors import require
+from noisycond.evaluation.metrics import check_names
 
 
 @dataclass
@@ -64,10 +64,7 @@ class MetricArguments(Arguments):
 
     def __post_init__(self):
         super().__post_init__()
-        for name in self.metrics:
-            if name not in METRICS:
-                known = ", ".join(METRICS)
-                raise InputError(f"--metrics {name}: no such metric{closest(name, METRICS)}; there are {known}.")
+        check_names("--metrics", self.metrics)
         for name in ("precision_k", "coverage_k", "kid_subsets", "topp_replicates", "lpips_pairs"):
             require(getattr(self, name) > 0, f"--{name} is {getattr(self, name)}, but it must be positive.")
         for name in ("resolution", "kid_subset_size"):
