@@ -4,10 +4,11 @@ It knows neither prediction type nor architecture; a script hands it a module, b
 """
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 from accelerate import Accelerator
 from torch import nn
@@ -55,6 +56,7 @@ def fit(
     resume_from: Path | None = None,
     tallies: dict[str, Tally] | None = None,
     looks: Sequence[tuple[Look | None, int]] = (),
+    learning_rates: Mapping[str, float] = MappingProxyType({}),
 ) -> FitResult:
     """Trains until --max_train_steps, or until a signal asks to stop; the main process's denoiser ends with
     the averaged weights, whole.
@@ -70,12 +72,13 @@ def fit(
         tallies: counts that are logged and saved.
         looks: what is done every so many steps (0: never) on the main process, with the step, while the denoiser has
             the averaged weights: drawing samples, evaluating. A dict that one returns is logged.
+        learning_rates: of parameters whose names start with a prefix, by prefix, instead of --learning_rate.
 
     Raises:
         InputError: too many non-finite losses or unreadable images, or no space left.
     """
     max_steps = steps_to_train(args, batches.num_examples, batches.global_batch_size)
-    state = TrainingState(denoiser, args, max_steps, accelerator, tallies or {}, batches)
+    state = TrainingState(denoiser, args, max_steps, accelerator, tallies or {}, batches, learning_rates)
     if resume_from is not None:
         state.load(resume_from)
     progress, saved_at = state.progress, state.progress.step
