@@ -5,9 +5,7 @@ accelerate launch train_class_cond.py                                   # a mini
 accelerate launch train_class_cond.py --recipe dit_xl_2_in1k --corruption_ratio 0.025
 """
 
-import json
 import sys
-import textwrap
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,7 +13,7 @@ from pathlib import Path
 try:
     import torch
 
-    from noisycond import LabelCorruption, checkpoints, dry_run, hardware, hub, pictures, randomness, sampling, trainer
+    from noisycond import LabelCorruption, checkpoints, dry_run, hardware, hub, randomness, sampling, trainer
     from noisycond.arguments import (
         CorruptionArguments,
         FirstStageArguments,
@@ -24,6 +22,7 @@ try:
         ObjectiveArguments,
         PerturbationArguments,
         StreamArguments,
+        ValidationArguments,
         flag,
         parse_arguments,
     )
@@ -33,7 +32,7 @@ try:
     from noisycond.data.opening import open_batches, open_training_data
     from noisycond.data.streams import require_ids
     from noisycond.denoisers import build_denoiser, find_denoiser
-    from noisycond.errors import one_sentence_errors, require, writing
+    from noisycond.errors import one_sentence_errors, require
     from noisycond.evaluation.in_training import EvaluationArguments, TrainingEvaluation
     from noisycond.export import class_pipeline, export_pipeline, sampling_scheduler
     from noisycond.first_stage import open_first_stage
@@ -42,6 +41,7 @@ try:
     from noisycond.perturbation import ConditionEmbeddingPerturbation
     from noisycond.processes import on_main
     from noisycond.randomness import Purpose
+    from noisycond.results import draw_grid, leave_results
     from noisycond.run_folder import RunFolder, claim
 except ModuleNotFoundError as error:
     sys.exit(f"error: {error.name} is not installed; in the checkout, run: pip install -e .")
@@ -53,6 +53,7 @@ class ClassCondArguments(
     FirstStageArguments,
     CorruptionArguments,
     PerturbationArguments,
+    ValidationArguments,
     ObjectiveArguments,
     LoopArguments,
     EvaluationArguments,
@@ -62,8 +63,6 @@ class ClassCondArguments(
                          "config JSON, or a pretrained folder or Hub id to continue from.")  # fmt: skip
     gradient_checkpointing: bool = flag(False, "Recompute activations in the backward pass to save memory.")
     enable_xformers_memory_efficient_attention: bool = flag(False, "Use the attention of xformers.")
-    validation_guidance_scale: float = flag(4.0, "Guidance scale of the sample grids.")
-    validation_inference_steps: int = flag(50, "Sampling steps of the sample grids.")
     validation_images_per_class: int = flag(10, "Images per class in the sample grids, of at most 10 classes.")
 
     def __post_init__(self):
@@ -77,16 +76,7 @@ class ClassCondArguments(
             not self.cache_latents or self.center_crop or self.dataset_name == "digits",
             "--cache_latents needs --center_crop: a random crop is another image every epoch.",
         )
-        require(
-            self.validation_inference_steps <= self.num_train_timesteps and self.validation_guidance_scale >= 1,
-            f"--validation_inference_steps is {self.validation_inference_steps} and --validation_guidance_scale "
-            f"{self.validation_guidance_scale}, but they must be at most --num_train_timesteps, "
-            f"{self.num_train_timesteps}, and at least 1 (no guidance).",
-        )
-        require(
-            self.validation_images_per_class > 0 and self.validation_inference_steps > 0,
-            "--validation_images_per_class and --validation_inference_steps must be positive.",
-        )
+        require(self.validation_images_per_class > 0, "--validation_images_per_class must be positive.")
 
 
 def build(args: ClassCondArguments, source, class_names: list[str], latent_channels: int, factor: int):
@@ -146,38 +136,26 @@ def make_compute_loss(args: ClassCondArguments, first_stage, objective: Diffusio
 
 def draw_samples(pipeline, args: ClassCondArguments, num_classes: int, path: Path) -> None:
     """Draws a sample grid, a row per class, and saves it as a PNG."""
-    labels = sampling.class_rows(num_classes, args.validation_images_per_class)
-    images = sampling.sample_all(
-        pipeline,
-        labels,
-        seed=args.seed,
-        guidance_scale=args.validation_guidance_scale,
-        num_inference_steps=args.validation_inference_steps,
-    )
-    scale = max(1, 64 // images[0].width)
-    with writing(f"--output_dir {args.output_dir}", path.name):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        pictures.image_grid(images, args.validation_images_per_class, scale=scale).save(path)
+    per_class = args.validation_images_per_class
+    draw_grid(pipeline, sampling.class_rows(num_classes, per_class), per_class, args, path)
 
 
 def export(
     pipeline, args: ClassCondArguments, run: RunFolder, class_names: list[str], result, repo_id, evaluation
 ) -> None:
-    """Writes what a run leaves behind: pipeline, card, sample grid, loss curve, corruption counts; then pushes it."""
+    """Writes what a run leaves behind; see [`noisycond.results.leave_results`]."""
     draw_samples(pipeline, args, len(class_names), run.samples / "final.png")
     card = class_conditional_card(pipeline, args, class_names, result, repo_id)
-    with writing(f"--output_dir {run.path}", "the pipeline (its last checkpoint is whole)"):
-        pictures.plot_loss(run.read_log(), run.path / "loss.png")
-        (run.path / "corruption.json").write_text(json.dumps(result.totals["corruption"], indent=2) + "\n")
-        export_pipeline(pipeline, run.path, class_names, card)
-        if evaluation is not None:
-            evaluation.at_the_end(pipeline, run, result.step)
-    print(
-        f"\nSamples: {run.samples / 'final.png'}\nLoss curve: {run.path / 'loss.png'}\nPipeline: {run.path}\n\n"
-        f"Load it where only diffusers is installed:\n\n{textwrap.indent(loading_code(pipeline, run.path), '    ')}\n"
+    leave_results(
+        pipeline,
+        args,
+        run,
+        result,
+        write=lambda: export_pipeline(pipeline, run.path, class_names, card),
+        how_to_load=loading_code(pipeline, run.path),
+        evaluation=evaluation,
+        repo_id=repo_id,
     )
-    if repo_id is not None:
-        hub.push(run.path, repo_id, args.hub_private_repo)
 
 
 @one_sentence_errors

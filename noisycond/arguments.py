@@ -407,6 +407,27 @@ class LoopArguments(Arguments):
 
 
 @dataclass
+class ValidationArguments(Arguments):
+    """How the sample grids of a training script are drawn. To be inherited from before [`ObjectiveArguments`], so that
+    the number of noise levels is checked first."""
+
+    validation_guidance_scale: float = flag(4.0, "Guidance scale of the sample grids.")
+    validation_inference_steps: int = flag(50, "Sampling steps of the sample grids.")
+
+    def __post_init__(self):
+        super().__post_init__()
+        require(
+            0 < self.validation_inference_steps <= self.num_train_timesteps,
+            f"--validation_inference_steps is {self.validation_inference_steps}, but must lie between 1 and "
+            f"--num_train_timesteps, {self.num_train_timesteps}.",
+        )
+        require(
+            1 <= self.validation_guidance_scale < math.inf,
+            f"--validation_guidance_scale is {self.validation_guidance_scale}, but must be at least 1 (no guidance).",
+        )
+
+
+@dataclass
 class SamplingArguments(Arguments):
     """How images are drawn from a pipeline."""
 
