@@ -1,4 +1,4 @@
-"""The flags of a text-conditional model: from scratch or an existing pipeline, text encoder, LoRA, cached embeddings."""
+"""The flags of a text-conditional model: from scratch or an existing pipeline, text encoder, LoRA, cached texts."""
 
 from dataclasses import dataclass
 
@@ -60,7 +60,7 @@ class TextModelArguments(Arguments):
         )
         require(
             rate is None or self.train_text_encoder,
-            "--text_encoder_learning_rate has no effect on a frozen text encoder; add --train_text_encoder.",
+            "--text_encoder_learning_rate has no effect on a frozen text encoder; add --train_text_encoder yes.",
         )
         self._check_lora()
         require(
@@ -110,7 +110,7 @@ class TextModelArguments(Arguments):
         )
         require(
             not self.train_text_encoder,
-            "--use_lora adapts the denoiser alone; leave --train_text_encoder off.",
+            "--use_lora adapts the denoiser alone; leave --train_text_encoder away.",
         )
         require(self.rank > 0, f"--rank is {self.rank}, but it must be positive.")
         require(
