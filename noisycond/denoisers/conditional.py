@@ -100,7 +100,8 @@ class ConditionalDenoiser(nn.Module):
 
         Args:
             noisy [B, C, h, w]: noisy latents. timesteps [B]: int64.
-            condition: what the encoder reads (`class_labels` int64 [B]) and, for fixed CEP, `index` int64 [B].
+            condition: what the encoder reads (`class_labels` int64 [B]), for fixed CEP `index` int64 [B], and for a
+                distilled U-Net `guidance` float32 [B, E], see [`noisycond.distillation.guidance_embedding`].
             keys [B]: int64; the perturbation is a pure function of them. None: it draws from its own stream.
 
         Returns:
@@ -113,4 +114,5 @@ class ConditionalDenoiser(nn.Module):
                 keys=condition["index"] if self.fixed and self.training else keys,
                 where=None if self.perturb_null else ~self.encoder.is_null(condition),
             )
-        return self.backbone(noisy, timesteps, embedding)
+        guidance = {"guidance": condition["guidance"]} if "guidance" in condition else {}
+        return self.backbone(noisy, timesteps, embedding, **guidance)
