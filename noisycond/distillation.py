@@ -4,9 +4,9 @@ Needs torch, `objective.py` and `randomness.py` only. After Luo et al. 2023 (LCM
 arXiv:2311.05556), which builds on Song et al. 2023 (consistency models, arXiv:2303.01469).
 
 Letters: B examples, C latent channels, h × w their size, T training timesteps, N steps of the solver's grid and
-k = T / N timesteps between two of them, c the condition, w the strength of guidance: the teacher's guided prediction is
-p(x_t, c) + w (p(x_t, c) - p(x_t, ∅)) (Section 4.2 of arXiv:2310.04378), so that w = 0 is no guidance, and the guidance scale
-that samplers of diffusers take is w + 1.
+k = T / N timesteps between two of them, c the condition, ∅ the null one, w the strength of guidance. The teacher's
+guided prediction is p(x_t, c) + w (p(x_t, c) - p(x_t, ∅)) (Section 4.2 of arXiv:2310.04378): w = 0 is no guidance, and
+the guidance scale that samplers of diffusers take is w + 1.
 """
 
 import math
@@ -172,8 +172,8 @@ class ConsistencyDistillation:
         return signal_scale * clean + noise_scale * noise
 
     def output(self, prediction: torch.Tensor, noisy: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-        """f(x_t, t) = c_skip(t) x_t + c_out(t) x̂_0 by the student's prediction at x_t (Section 4.1 of arXiv:2310.04378):
-        float32 [B, C, h, w].
+        """f(x_t, t) = c_skip(t) x_t + c_out(t) x̂_0 with x̂_0 of the student's prediction (Section 4.1 of
+        arXiv:2310.04378): float32 [B, C, h, w].
 
         Args:
             prediction, noisy [B, C, h, w]. timesteps [B]: int64.

@@ -1,4 +1,4 @@
-"""Consistency distillation against diffusers' schedulers and pipeline, and against Gaussian data, where the path of the
+"""Consistency distillation against diffusers' schedulers and pipeline, and on Gaussian data, where the path of the
 teacher is known in closed form."""
 
 import numpy as np
