@@ -13,7 +13,7 @@ from pathlib import Path
 try:
     import torch
 
-    from noisycond import LabelCorruption, checkpoints, dry_run, hardware, hub, randomness, sampling, trainer
+    from noisycond import checkpoints, dry_run, hardware, hub, trainer
     from noisycond.arguments import (
         CorruptionArguments,
         FirstStageArguments,
@@ -22,26 +22,28 @@ try:
         ObjectiveArguments,
         PerturbationArguments,
         StreamArguments,
-        ValidationArguments,
         flag,
         parse_arguments,
     )
-    from noisycond.cards import class_conditional_card, loading_code
-    from noisycond.data.class_groups import read_class_groups
+    from noisycond.cards import class_conditional_card
+    from noisycond.class_conditional import (
+        SampleGridArguments,
+        draw_samples,
+        export,
+        label_conditions,
+        open_corruption,
+    )
     from noisycond.data.corruption_map import save_corruption_map
     from noisycond.data.opening import open_batches, open_training_data
-    from noisycond.data.streams import require_ids
     from noisycond.denoisers import build_denoiser, find_denoiser
     from noisycond.errors import one_sentence_errors, require
     from noisycond.evaluation.in_training import EvaluationArguments, TrainingEvaluation
-    from noisycond.export import class_pipeline, export_pipeline, sampling_scheduler
+    from noisycond.export import class_pipeline, sampling_scheduler
     from noisycond.first_stage import open_first_stage
     from noisycond.noise_schedule import build_objective
     from noisycond.objective import DiffusionObjective
     from noisycond.perturbation import ConditionEmbeddingPerturbation
     from noisycond.processes import on_main
-    from noisycond.randomness import Purpose
-    from noisycond.results import draw_grid, leave_results
     from noisycond.run_folder import RunFolder, claim
 except ModuleNotFoundError as error:
     sys.exit(f"error: {error.name} is not installed; in the checkout, run: pip install -e .")
@@ -53,7 +55,7 @@ class ClassCondArguments(
     FirstStageArguments,
     CorruptionArguments,
     PerturbationArguments,
-    ValidationArguments,
+    SampleGridArguments,
     ObjectiveArguments,
     LoopArguments,
     EvaluationArguments,
@@ -63,7 +65,6 @@ class ClassCondArguments(
                          "config JSON, or a pretrained folder or Hub id to continue from.")  # fmt: skip
     gradient_checkpointing: bool = flag(False, "Recompute activations in the backward pass to save memory.")
     enable_xformers_memory_efficient_attention: bool = flag(False, "Use the attention of xformers.")
-    validation_images_per_class: int = flag(10, "Images per class in the sample grids, of at most 10 classes.")
 
     def __post_init__(self):
         super().__post_init__()
@@ -76,7 +77,6 @@ class ClassCondArguments(
             not self.cache_latents or self.center_crop or self.dataset_name == "digits",
             "--cache_latents needs --center_crop: a random crop is another image every epoch.",
         )
-        require(self.validation_images_per_class > 0, "--validation_images_per_class must be positive.")
 
 
 def build(args: ClassCondArguments, source, class_names: list[str], latent_channels: int, factor: int):
@@ -122,40 +122,12 @@ def make_compute_loss(args: ClassCondArguments, first_stage, objective: Diffusio
     """The loss per example: encode, corrupt and drop the label, add noise, predict, compare."""
 
     def compute_loss(denoiser, batch: dict, keys: torch.Tensor) -> torch.Tensor:
-        moments = batch["moments"] if "moments" in batch else first_stage.moments(batch["pixel_values"])
-        latents = first_stage.latents(moments, keys)
-        labels = corruption(batch["class_labels"], batch["index"], batch["epoch"])
-        corruption.count(batch["class_labels"], labels)
-        dropped = randomness.bernoulli(args.seed, Purpose.CONDITION_DROPOUT, keys, args.conditioning_dropout_prob)
-        condition = {"class_labels": labels.masked_fill(dropped, null_class), "index": batch["index"]}
+        latents = first_stage.latents_of(batch, keys)
+        condition, _ = label_conditions(args, corruption, null_class, batch, keys)
         examples = objective.noise(latents, keys)
         return objective.loss(denoiser(examples.noisy, examples.timesteps, condition, keys), examples)
 
     return compute_loss
-
-
-def draw_samples(pipeline, args: ClassCondArguments, num_classes: int, path: Path) -> None:
-    """Draws a sample grid, a row per class, and saves it as a PNG."""
-    per_class = args.validation_images_per_class
-    draw_grid(pipeline, sampling.class_rows(num_classes, per_class), per_class, args, path)
-
-
-def export(
-    pipeline, args: ClassCondArguments, run: RunFolder, class_names: list[str], result, repo_id, evaluation
-) -> None:
-    """Writes what a run leaves behind; see [`noisycond.results.leave_results`]."""
-    draw_samples(pipeline, args, len(class_names), run.samples / "final.png")
-    card = class_conditional_card(pipeline, args, class_names, result, repo_id)
-    leave_results(
-        pipeline,
-        args,
-        run,
-        result,
-        write=lambda: export_pipeline(pipeline, run.path, class_names, card),
-        how_to_load=loading_code(pipeline, run.path),
-        evaluation=evaluation,
-        repo_id=repo_id,
-    )
 
 
 @one_sentence_errors
@@ -173,18 +145,7 @@ def main(argv: list[str] | None = None) -> None:
     source = find_denoiser(args.denoiser)
     data = open_training_data(args)
     class_names = data.source.class_names
-    require(
-        args.corruption_ratio == 0 or len(class_names) > 1,
-        f"--corruption_ratio {args.corruption_ratio} needs at least two classes, but the dataset has one.",
-    )
-    if args.streaming and args.corruption_ratio > 0 and args.corruption_mode == "fixed":
-        require_ids(data.source, "--corruption_mode fixed")
-    if args.streaming and args.cep_gamma > 0 and args.cep_mode == "fixed":
-        require_ids(data.source, "--cep_mode fixed")
-    groups = read_class_groups(args.class_groups, class_names) if args.class_groups else None
-    corruption = LabelCorruption(
-        args.corruption_ratio, len(class_names), seed=args.seed, groups=groups, mode=args.corruption_mode
-    )
+    corruption, groups = open_corruption(args, data)
     objective, noise_schedule = build_objective(args, args.denoiser, source.preset)
     denoiser = build(args, source, class_names, first_stage.latent_channels, first_stage.factor)
     if args.enable_xformers_memory_efficient_attention:
@@ -214,6 +175,11 @@ def main(argv: list[str] | None = None) -> None:
     def pipeline():
         return class_pipeline(denoiser, first_stage, sampling_scheduler(objective, noise_schedule))
 
+    def finish():
+        exported = pipeline()
+        card = class_conditional_card(exported, args, class_names, result, repo_id)
+        export(exported, args, run, class_names, result, card, repo_id, evaluation)
+
     result = trainer.fit(
         denoiser,
         batches,
@@ -233,7 +199,7 @@ def main(argv: list[str] | None = None) -> None:
         ],
     )
     if result.stopped_by is None:
-        on_main(accelerator, lambda: export(pipeline(), args, run, class_names, result, repo_id, evaluation))
+        on_main(accelerator, finish)
     trainer.finish(accelerator, result, run)
 
 

@@ -416,10 +416,11 @@ class ValidationArguments(Arguments):
 
     def __post_init__(self):
         super().__post_init__()
+        levels = getattr(self, "num_train_timesteps", math.inf)
         require(
-            0 < self.validation_inference_steps <= self.num_train_timesteps,
-            f"--validation_inference_steps is {self.validation_inference_steps}, but must lie between 1 and "
-            f"--num_train_timesteps, {self.num_train_timesteps}.",
+            0 < self.validation_inference_steps <= levels,
+            f"--validation_inference_steps is {self.validation_inference_steps}, but must be positive and at most "
+            f"--num_train_timesteps, {levels}.",
         )
         require(
             1 <= self.validation_guidance_scale < math.inf,

@@ -50,6 +50,8 @@ class Purpose(StrEnum):
     SUPPORT_PROJECTION = "support projection"
     SUPPORT_BOOTSTRAP = "support bootstrap"
     IMAGE_PAIRS = "image pairs"
+    SOLVER_STEP = "step of the solver"
+    GUIDANCE = "guidance of the teacher"
 
 
 _MASK = 0xFFFFFFFF

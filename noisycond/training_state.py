@@ -25,7 +25,7 @@ from torch import nn
 from noisycond import checkpoints
 from noisycond.arguments import LoopArguments
 from noisycond.data.images import BadImages
-from noisycond.errors import InputError
+from noisycond.errors import InputError, require
 from noisycond.processes import on_all
 from noisycond.randomness import step_keys
 from noisycond.sharding import shard_of, shards, value, whole
@@ -70,15 +70,32 @@ class Average(EMAModel):
         torch._foreach_lerp_(self.shadow_params, parameters, 1.0 - self.cur_decay_value)
 
 
+class AveragedWeights:
+    """The moving average of a run's weights as it stands, for a loss that is computed with it; filled by
+    [`TrainingState`].
+
+    Attributes:
+        weights: parameter's name in the denoiser → its average; none before the run is set up, nor in one without
+            an average.
+    """
+
+    def __init__(self):
+        self.weights: dict[str, torch.Tensor] = {}
+
+
 class TrainingState:
     """What [`noisycond.trainer.fit`] works on.
 
     Args:
         denoiser: what is trained; where it is sharded, a copy of it is, and it takes up the whole weights on the main
             process when they are asked for. max_steps: optimizer steps of the whole run. tallies: named counts.
-            batches: the data, whose place is saved too. learning_rates: see [`parameter_groups`].
+            batches: the data, whose place is saved too. learning_rates: see [`parameter_groups`]. average: is given
+            the moving average.
 
     Parameters that are not trained (`requires_grad` is False) come from elsewhere, so no checkpoint holds them.
+
+    Raises:
+        InputError: an average is asked for and the weights are sharded.
     """
 
     def __init__(
@@ -90,12 +107,15 @@ class TrainingState:
         tallies,
         batches,
         learning_rates: Mapping[str, float] = MappingProxyType({}),
+        average: AveragedWeights | None = None,
     ):
         self.batches = batches
         self.denoiser, self.args, self.accelerator, self.tallies = denoiser, args, accelerator, tallies
         # DeepSpeed steps within the last backward pass, and passes over what is not finite by itself.
         self.steps_itself = accelerator.distributed_type == DistributedType.DEEPSPEED
         self.sharded = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+        if average is not None:
+            require_whole_average(self.sharded)
         trained = (copy.deepcopy(denoiser) if self.sharded else denoiser).to(accelerator.device)
         self.max_steps, self.progress = max_steps, Progress()
         # Agreed on by all processes, unlike what each of them receives; see train_step.
@@ -119,6 +139,8 @@ class TrainingState:
         # Sharding replaces the parameters, so they are taken here and not before.
         self.parameters = [parameter for parameter in trained.parameters() if parameter.requires_grad]
         self.ema = Average(shards(self.parameters), decay=args.ema_decay, foreach=True) if args.use_ema else None
+        self.average = average
+        self._show_average()
         self.batch: dict | None = None  # the last one, which takes the place of one that cannot be had
         self._hooks = []
         if not self.sharded:
@@ -278,9 +300,15 @@ class TrainingState:
                 shard_of(shadow[name], parameter) for name, parameter in zip(self.names, self.parameters, strict=True)
             ]
             self.ema.optimization_step = state["ema_step"]
+            self._show_average()
         for name, tally in self.tallies.items():
             total = torch.tensor(state["tallies"][name])
             tally.counts = total if self.accelerator.is_main_process else torch.zeros_like(total)
+
+    def _show_average(self) -> None:
+        # Updates are made in place, so this is needed where the average is made or read anew.
+        if self.average is not None and self.ema is not None:
+            self.average.weights = dict(zip(self.names, self.ema.shadow_params, strict=True))
 
     def _unwrapped_weights(self, models: list, weights: list, output_dir: str) -> None:
         # Without the wrapper's prefix, so that another number of processes can resume.
@@ -303,6 +331,15 @@ class TrainingState:
         for hook in self._hooks:
             hook.remove()
         self.accelerator.free_memory()
+
+
+def require_whole_average(sharded: bool) -> None:
+    """Raises InputError where the weights are sharded, for a loss that is computed with their average."""
+    require(
+        not sharded,
+        "This training compares with the moving average of the weights at every step, so every process must hold them "
+        "whole: launch it without FSDP and DeepSpeed.",
+    )
 
 
 def _to_device(batch: dict, device: torch.device) -> dict:
