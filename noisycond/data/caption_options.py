@@ -59,8 +59,8 @@ class CaptionCorruptionArguments(Arguments):
     corruption_ratio: float = flag(0.0, "η: the share of examples whose caption is corrupted, 0 to 1.")
     corruption_type: Literal[CORRUPTION_TYPES] = flag(
         "swap",
-        "`swap`: examples exchange captions in pairs. `token`: words are replaced, dropped or masked. `shuffle`: words "
-        "change their order. `llm`: the caption is rewritten by a language model.",
+        "`swap`: examples exchange captions in pairs. `token`: words are replaced, dropped or masked. `shuffle`: "
+        "words change their order. `llm`: the caption is rewritten by a language model.",
     )
     corruption_mode: Literal[CORRUPTION_MODES] = flag(
         "fixed", "`fixed`: the same examples stay corrupted in the same way. `random`: drawn anew every epoch."
