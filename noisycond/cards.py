@@ -62,15 +62,15 @@ def model_card(
     )
 
 
-def text_to_image_card(pipeline, args, prompts: Sequence[str], result, repo_id: str | None, lora: bool) -> ModelCard:
+def text_to_image_card(pipeline, args, prompts: Sequence[str], result, repo_id: str | None) -> ModelCard:
     """The card of a text-to-image run, or of the LoRA weights that it trained; see [`class_conditional_card`].
 
     Args:
         prompts: those of the sample grid, a row each.
     """
-    base = args.pretrained_model_name_or_path
-    perturbation = _settings(args, result, ("input_perturbation", "embedding_dropout", "snr_gamma"))
-    settings = perturbation | {"text encoder": "trained along" if args.train_text_encoder else "frozen"}
+    base, lora = args.pretrained_model_name_or_path, args.use_lora
+    settings = _settings(args, result, ("input_perturbation", "embedding_dropout", "snr_gamma"))
+    settings |= {"text encoder": "trained along" if args.train_text_encoder else "frozen"}
     if lora:
         settings["LoRA"] = f"rank {args.rank}, alpha {args.lora_alpha or args.rank}"
     place, call = repo_id or UNKNOWN_PLACE, f'prompt="{prompts[0]}"'
