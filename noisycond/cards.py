@@ -1,5 +1,6 @@
 """Model cards: what was trained, with which corruption and CEP, and how to load it."""
 
+import inspect
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,13 +14,15 @@ UNKNOWN_PLACE = "PATH_OR_ID_OF_THIS_FOLDER"
 
 
 def loading_code(pipeline, location: str | Path) -> str:
-    """How to load a class-conditional pipeline from a folder or Hub id with diffusers alone, and draw an image."""
+    """How to load a pipeline from a folder or Hub id with diffusers alone, and draw an image."""
     in_diffusers = type(pipeline).__module__.startswith("diffusers.")
     trust = "" if in_diffusers else ", trust_remote_code=True"
+    is_text = "prompt" in inspect.signature(pipeline.__call__).parameters
+    condition = 'prompt="a photo of a dog"' if is_text else "class_labels=[0]"
     return f"""from diffusers import DiffusionPipeline
 
 pipeline = DiffusionPipeline.from_pretrained("{location}"{trust})
-image = pipeline(class_labels=[0], num_inference_steps=50).images[0]
+image = pipeline({condition}, num_inference_steps=50).images[0]
 """
 
 
