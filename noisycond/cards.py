@@ -1,5 +1,6 @@
 """Model cards: what was trained, with which corruption and CEP, and how to load it."""
 
+import inspect
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,11 +13,14 @@ from noisycond.data.shard_names import redacted
 UNKNOWN_PLACE = "PATH_OR_ID_OF_THIS_FOLDER"
 
 
-def loading_code(pipeline, location: str | Path, call: str = "class_labels=[0]") -> str:
+def loading_code(pipeline, location: str | Path, call: str | None = None) -> str:
     """How to load a pipeline from a folder or Hub id with diffusers alone, and draw an image; `call` is the argument
-    that says of what."""
+    that says of what, by default an example of what the pipeline takes."""
     in_diffusers = type(pipeline).__module__.startswith("diffusers.")
     trust = "" if in_diffusers else ", trust_remote_code=True"
+    if call is None:
+        is_text = "prompt" in inspect.signature(pipeline.__call__).parameters
+        call = 'prompt="a photo of a dog"' if is_text else "class_labels=[0]"
     return f"""from diffusers import DiffusionPipeline
 
 pipeline = DiffusionPipeline.from_pretrained("{location}"{trust})
