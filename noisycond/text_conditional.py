@@ -65,7 +65,9 @@ def grid_prompts(args, data: TrainingData) -> list[str]:
         return [unseen[10 * (2 * digit % phrasings) + digit][0] for digit in range(10)]
     if isinstance(data.source, StreamSource):
         first = (item for shard in range(len(data.source.shards)) for item in data.source.peek(shard, SHOWN))
-        texts = [next(filter(None, raw.captions)) for raw in first if isinstance(raw, RawExample) and any(raw.captions)]
+        texts = [
+            next(filter(None, raw.captions)) for raw in first if isinstance(raw, RawExample) and any(raw.captions)
+        ]
         return texts[:SHOWN]
     first = torch.arange(min(SHOWN, len(data.captions)))
     return data.captions.true_texts(first, torch.zeros_like(first))
