@@ -12,14 +12,15 @@ from noisycond.data.shard_names import redacted
 UNKNOWN_PLACE = "PATH_OR_ID_OF_THIS_FOLDER"
 
 
-def loading_code(pipeline, location: str | Path) -> str:
-    """How to load a class-conditional pipeline from a folder or Hub id with diffusers alone, and draw an image."""
+def loading_code(pipeline, location: str | Path, call: str = "num_inference_steps=50") -> str:
+    """How to load a class-conditional pipeline from a folder or Hub id with diffusers alone, and draw an image; `call`
+    are the arguments of the call beside the labels."""
     in_diffusers = type(pipeline).__module__.startswith("diffusers.")
     trust = "" if in_diffusers else ", trust_remote_code=True"
     return f"""from diffusers import DiffusionPipeline
 
 pipeline = DiffusionPipeline.from_pretrained("{location}"{trust})
-image = pipeline(class_labels=[0], num_inference_steps=50).images[0]
+image = pipeline(class_labels=[0], {call}).images[0]
 """
 
 
@@ -32,12 +33,14 @@ def model_card(
     pipeline,
     tags: Sequence[str] = (),
     repo_id: str | None = None,
+    call: str = "num_inference_steps=50",
 ) -> ModelCard:
     """A model card: what was trained, with which corruption and CEP, the sample grid, and how to load it.
 
     Args:
         settings: what the table lists, in order, a name and a value. picture: the grid's path inside the folder.
         pipeline: what the folder holds. tags: beside those that every card has. repo_id: where it is pushed to.
+        call: see [`loading_code`].
     """
     shown = ", ".join(class_names[:10]) + (", …" if len(class_names) > 10 else "")
     tags = ["class-conditional", *tags, f"diffusers:{type(pipeline).__name__}"]
@@ -51,7 +54,7 @@ Better Diffusion Models* ([arXiv:2405.20494](https://arxiv.org/abs/2405.20494)).
 ![samples]({picture})
 
 ```py
-{loading_code(pipeline, repo_id or UNKNOWN_PLACE)}```
+{loading_code(pipeline, repo_id or UNKNOWN_PLACE, call)}```
 
 {len(class_names)} classes: {shown}
 
@@ -91,13 +94,7 @@ def class_conditional_card(pipeline, args, class_names: Sequence[str], result, r
         pipeline: what was exported. args: the resolved arguments. result: how training ended, with the counts of the
             corruption. repo_id: see [`model_card`].
     """
-    dataset = public_name(args.dataset_name or args.train_data_dir or redacted(args.train_shards))
-    corruption, perturbation = "none", "off"
-    if args.corruption_ratio:
-        corruption = f"ratio {args.corruption_ratio}, {args.corruption_type}, {args.corruption_mode}"
-    if args.cep_gamma:
-        null = "" if args.cep_perturb_null else ", not on the null embedding"
-        perturbation = f"γ = {args.cep_gamma}, {args.cep_type}, {args.cep_mode}{null}"
+    dataset = _dataset(args)
     baselines = ("input_perturbation", "embedding_dropout", "label_smoothing", "snr_gamma")
     settings = {
         "recipe": public_name(args.recipe or "none"),
@@ -106,24 +103,80 @@ def class_conditional_card(pipeline, args, class_names: Sequence[str], result, r
         "denoiser": public_name(args.denoiser),
         "first stage": public_name(args.pretrained_vae_model_name_or_path),
         "optimizer steps": result.step,
-        "corruption": corruption,
-        "realized corruption ratio": f"{result.totals['corruption']['realized_ratio']:.4f}",
-        "CEP": perturbation,
+        **_corruption_and_perturbation(args, result),
         **{name.replace("_", " "): getattr(args, name) for name in baselines if getattr(args, name)},
         "prediction type": args.prediction_type,
         "condition dropout": args.conditioning_dropout_prob,
         "seed": args.seed,
     }
-    features = {"condition-corruption": args.corruption_ratio, "condition-embedding-perturbation": args.cep_gamma}
     return model_card(
         f"{settings['denoiser']} on {dataset}",
         settings,
         class_names,
         "samples/final.png",
         pipeline=pipeline,
-        tags=[tag for tag, strength in features.items() if strength],
+        tags=_features(args),
         repo_id=repo_id,
     )
+
+
+def distillation_card(pipeline, args, class_names: Sequence[str], result, repo_id: str | None) -> ModelCard:
+    """The card of a class-conditional latent consistency model; arguments as for [`class_conditional_card`]."""
+    dataset, teacher = _dataset(args), public_name(args.pretrained_teacher_model)
+    baselines = ("input_perturbation", "embedding_dropout", "label_smoothing", "conditioning_dropout_prob")
+    settings = {
+        "recipe": public_name(args.recipe or "none"),
+        "teacher": teacher,
+        "dataset": dataset,
+        "resolution": args.resolution,
+        "optimizer steps": result.step,
+        "guidance scales of the teacher (w + 1)": f"{args.w_min + 1:g} to {args.w_max + 1:g}",
+        "steps of the solver": args.num_ddim_timesteps,
+        "loss": args.loss_type + (f", c = {args.huber_c}" if args.loss_type == "huber" else ""),
+        **_corruption_and_perturbation(args, result),
+        "condition that the teacher sees": args.teacher_condition,
+        **{name.replace("_", " "): getattr(args, name) for name in baselines if getattr(args, name)},
+        "seed": args.seed,
+    }
+    return model_card(
+        f"{teacher}, distilled on {dataset}",
+        settings,
+        class_names,
+        "samples/final.png",
+        pipeline=pipeline,
+        tags=["latent-consistency-model", *_features(args)],
+        repo_id=repo_id,
+        call=distilled_call(args),
+    )
+
+
+def distilled_call(args) -> str:
+    """The arguments, beside the condition, of a call of a distilled pipeline."""
+    steps, scale = args.validation_inference_steps, args.validation_guidance_scale
+    return f"num_inference_steps={steps}, guidance_scale={scale:g}"
+
+
+def _dataset(args) -> str:
+    return public_name(args.dataset_name or args.train_data_dir or redacted(args.train_shards))
+
+
+def _corruption_and_perturbation(args, result) -> dict[str, str]:
+    corruption, perturbation = "none", "off"
+    if args.corruption_ratio:
+        corruption = f"ratio {args.corruption_ratio}, {args.corruption_type}, {args.corruption_mode}"
+    if args.cep_gamma:
+        null = "" if args.cep_perturb_null else ", not on the null embedding"
+        perturbation = f"γ = {args.cep_gamma}, {args.cep_type}, {args.cep_mode}{null}"
+    return {
+        "corruption": corruption,
+        "realized corruption ratio": f"{result.totals['corruption']['realized_ratio']:.4f}",
+        "CEP": perturbation,
+    }
+
+
+def _features(args) -> list[str]:
+    features = {"condition-corruption": args.corruption_ratio, "condition-embedding-perturbation": args.cep_gamma}
+    return [tag for tag, strength in features.items() if strength]
 
 
 def public_name(name_or_path: str) -> str:

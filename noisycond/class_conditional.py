@@ -110,8 +110,10 @@ def export(
     card: ModelCard,
     repo_id: str | None,
     evaluation: TrainingEvaluation | None,
+    call: str = "num_inference_steps=50",
 ) -> None:
-    """Writes what a run leaves behind: pipeline, card, sample grid, loss curve, corruption counts; then pushes it."""
+    """Writes what a run leaves behind: pipeline, card, sample grid, loss curve, corruption counts; then pushes it.
+    `call` is what [`noisycond.cards.loading_code`] takes."""
     draw_samples(pipeline, args, len(class_names), run.samples / "final.png")
     with writing(f"--output_dir {run.path}", "the pipeline (its last checkpoint is whole)"):
         pictures.plot_loss(run.read_log(), run.path / "loss.png")
@@ -119,9 +121,10 @@ def export(
         export_pipeline(pipeline, run.path, class_names, card)
         if evaluation is not None:
             evaluation.at_the_end(pipeline, run, result.step)
+    code = textwrap.indent(loading_code(pipeline, run.path, call), "    ")
     print(
         f"\nSamples: {run.samples / 'final.png'}\nLoss curve: {run.path / 'loss.png'}\nPipeline: {run.path}\n\n"
-        f"Load it where only diffusers is installed:\n\n{textwrap.indent(loading_code(pipeline, run.path), '    ')}\n"
+        f"Load it where only diffusers is installed:\n\n{code}\n"
     )
     if repo_id is not None:
         hub.push(run.path, repo_id, args.hub_private_repo)
