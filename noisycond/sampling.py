@@ -19,11 +19,13 @@ from tqdm import tqdm
 from noisycond import randomness
 from noisycond.errors import InputError, closest
 from noisycond.first_stage import state_hash
-from noisycond.pipelines import LDMClassToImagePipeline, OriginalDiTPipeline
+from noisycond.pipelines import LDMClassToImagePipeline, LDMTextToImagePipeline, OriginalDiTPipeline
 from noisycond.randomness import Purpose
 
 
-OWN_PIPELINES = {kind.__name__: kind for kind in (LDMClassToImagePipeline, OriginalDiTPipeline)}
+OWN_PIPELINES = {
+    kind.__name__: kind for kind in (LDMClassToImagePipeline, LDMTextToImagePipeline, OriginalDiTPipeline)
+}
 
 
 def balanced_labels(count: int, num_classes: int) -> torch.LongTensor:

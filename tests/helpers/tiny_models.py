@@ -13,15 +13,18 @@ UNET_CONFIG = {
     "cross_attention_dim": 24,
     "norm_num_groups": 8,
 }
-_FIRST_STAGE = {
-    "block_out_channels": (8, 8),
-    "down_block_types": ("DownEncoderBlock2D",) * 2,
-    "up_block_types": ("UpDecoderBlock2D",) * 2,
-    "norm_num_groups": 4,
-}
 
 
-def tiny_unet() -> UNet2DConditionModel:
+def _first_stage(levels: int) -> dict:
+    return {
+        "block_out_channels": (8,) * levels,
+        "down_block_types": ("DownEncoderBlock2D",) * levels,
+        "up_block_types": ("UpDecoderBlock2D",) * levels,
+        "norm_num_groups": 4,
+    }
+
+
+def tiny_unet(**options) -> UNet2DConditionModel:
     """A U-Net of 3 latent channels that attends to embeddings of 12 numbers."""
     return UNet2DConditionModel(
         sample_size=8,
@@ -31,17 +34,17 @@ def tiny_unet() -> UNet2DConditionModel:
         layers_per_block=1,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=12,
         attention_head_dim=2,
         norm_num_groups=4,
+        **{"cross_attention_dim": 12, **options},
     )
 
 
-def tiny_vq(**options) -> VQModel:
-    """A VQ first stage of factor 2 with 16 codes of 3 numbers."""
-    return VQModel(**_FIRST_STAGE, num_vq_embeddings=16, **options)
+def tiny_vq(levels: int = 2, **options) -> VQModel:
+    """A VQ first stage of factor 2^(levels - 1) with 16 codes of 3 numbers."""
+    return VQModel(**_first_stage(levels), num_vq_embeddings=16, **options)
 
 
-def tiny_kl(latent_channels: int) -> AutoencoderKL:
-    """A KL first stage of factor 2."""
-    return AutoencoderKL(**_FIRST_STAGE, latent_channels=latent_channels)
+def tiny_kl(latent_channels: int, levels: int = 2) -> AutoencoderKL:
+    """A KL first stage of factor 2^(levels - 1)."""
+    return AutoencoderKL(**_first_stage(levels), latent_channels=latent_channels)
