@@ -52,6 +52,10 @@ class Purpose(StrEnum):
     IMAGE_PAIRS = "image pairs"
     SOLVER_STEP = "step of the solver"
     GUIDANCE = "guidance of the teacher"
+    CAPTION_CHOICE = "caption choice"
+    CAPTION_SWAP = "caption swap"
+    CAPTION_WORDS = "caption words"
+    CAPTION_POOL = "caption pool"
 
 
 _MASK = 0xFFFFFFFF
