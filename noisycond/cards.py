@@ -13,25 +13,31 @@ from noisycond.data.shard_names import redacted
 UNKNOWN_PLACE = "PATH_OR_ID_OF_THIS_FOLDER"
 
 
-def loading_code(pipeline, location: str | Path, call: str | None = None) -> str:
-    """How to load a pipeline from a folder or Hub id with diffusers alone, and draw an image; `call` is the argument
-    that says of what, by default an example of what the pipeline takes."""
+def loading_code(
+    pipeline, location: str | Path, call: str = "num_inference_steps=50", condition: str | None = None
+) -> str:
+    """How to load a pipeline from a folder or Hub id with diffusers alone, and draw an image.
+
+    Args:
+        call: the arguments of the call beside the condition. condition: the argument that says of what; by default an
+            example of what the pipeline takes.
+    """
     in_diffusers = type(pipeline).__module__.startswith("diffusers.")
     trust = "" if in_diffusers else ", trust_remote_code=True"
-    if call is None:
+    if condition is None:
         is_text = "prompt" in inspect.signature(pipeline.__call__).parameters
-        call = 'prompt="a photo of a dog"' if is_text else "class_labels=[0]"
+        condition = 'prompt="a photo of a dog"' if is_text else "class_labels=[0]"
     return f"""from diffusers import DiffusionPipeline
 
 pipeline = DiffusionPipeline.from_pretrained("{location}"{trust})
-image = pipeline({call}, num_inference_steps=50).images[0]
+image = pipeline({condition}, {call}).images[0]
 """
 
 
-def lora_loading_code(pipeline, base: str, location: str | Path, call: str) -> str:
+def lora_loading_code(pipeline, base: str, location: str | Path, condition: str) -> str:
     """How to load LoRA weights from a folder or Hub id onto the pipeline `base` that they were trained on, and draw an
     image; see [`loading_code`]."""
-    lines = loading_code(pipeline, base, call).splitlines(keepends=True)
+    lines = loading_code(pipeline, base, condition=condition).splitlines(keepends=True)
     model = "transformer" if hasattr(pipeline, "transformer") else "unet"
     by_pipeline = hasattr(pipeline, "load_lora_weights")
     load = "load_lora_weights" if by_pipeline else f"{model}.load_lora_adapter"
@@ -47,12 +53,14 @@ def model_card(
     pipeline,
     tags: Sequence[str] = (),
     repo_id: str | None = None,
+    call: str = "num_inference_steps=50",
 ) -> ModelCard:
     """A model card: what was trained, with which corruption and CEP, the sample grid, and how to load it.
 
     Args:
         settings: what the table lists, in order, a name and a value. picture: the grid's path inside the folder.
         pipeline: what the folder holds. tags: beside those that every card has. repo_id: where it is pushed to.
+        call: see [`loading_code`].
     """
     shown = ", ".join(class_names[:10]) + (", …" if len(class_names) > 10 else "")
     tags = ["class-conditional", *tags, f"diffusers:{type(pipeline).__name__}"]
@@ -60,7 +68,7 @@ def model_card(
         _front_matter(tags, "unconditional-image-generation"),
         f"# {title}\n\nA class-conditional latent diffusion model",
         picture,
-        loading_code(pipeline, repo_id or UNKNOWN_PLACE),
+        loading_code(pipeline, repo_id or UNKNOWN_PLACE, call),
         f"{len(class_names)} classes: {shown}",
         settings,
     )
@@ -77,14 +85,16 @@ def text_to_image_card(pipeline, args, prompts: Sequence[str], result, repo_id: 
     settings |= {"text encoder": "trained along" if args.train_text_encoder else "frozen"}
     if lora:
         settings["LoRA"] = f"rank {args.rank}, alpha {args.lora_alpha or args.rank}"
-    place, call = repo_id or UNKNOWN_PLACE, f'prompt="{prompts[0]}"'
+    place, condition = repo_id or UNKNOWN_PLACE, f'prompt="{prompts[0]}"'
     kind = "LoRA weights for a text-to-image model" if lora else "A text-to-image latent diffusion model"
     tags = ["text-to-image", *_features(args), f"diffusers:{type(pipeline).__name__}"] + ["lora"] * lora
     return _generator_card(
         _front_matter(tags, "text-to-image", None if base is None else public_name(base)),
         f"# {settings['denoiser']} on {settings['dataset']}\n\n{kind}",
         "samples/final.png",
-        lora_loading_code(pipeline, public_name(base), place, call) if lora else loading_code(pipeline, place, call),
+        lora_loading_code(pipeline, public_name(base), place, condition)
+        if lora
+        else loading_code(pipeline, place, condition=condition),
         "The samples, row by row: " + "; ".join(prompts),
         settings,
     )
@@ -135,6 +145,62 @@ def class_conditional_card(pipeline, args, class_names: Sequence[str], result, r
 
 
 def _settings(args, result, baselines: Sequence[str]) -> dict[str, object]:
+    return {
+        "recipe": public_name(args.recipe or "none"),
+        "dataset": _dataset(args),
+        "resolution": args.resolution,
+        "denoiser": public_name(getattr(args, "pretrained_model_name_or_path", None) or args.denoiser),
+        "first stage": public_name(args.pretrained_vae_model_name_or_path or "the pipeline's own"),
+        "optimizer steps": result.step,
+        **_corruption_and_perturbation(args, result),
+        **{name.replace("_", " "): getattr(args, name) for name in baselines if getattr(args, name)},
+        "prediction type": args.prediction_type,
+        "condition dropout": args.conditioning_dropout_prob,
+        "seed": args.seed,
+    }
+
+
+def distillation_card(pipeline, args, class_names: Sequence[str], result, repo_id: str | None) -> ModelCard:
+    """The card of a class-conditional latent consistency model; arguments as for [`class_conditional_card`]."""
+    dataset, teacher = _dataset(args), public_name(args.pretrained_teacher_model)
+    baselines = ("input_perturbation", "embedding_dropout", "label_smoothing", "conditioning_dropout_prob")
+    settings = {
+        "recipe": public_name(args.recipe or "none"),
+        "teacher": teacher,
+        "dataset": dataset,
+        "resolution": args.resolution,
+        "optimizer steps": result.step,
+        "guidance scales of the teacher (w + 1)": f"{args.w_min + 1:g} to {args.w_max + 1:g}",
+        "steps of the solver": args.num_ddim_timesteps,
+        "loss": args.loss_type + (f", c = {args.huber_c}" if args.loss_type == "huber" else ""),
+        **_corruption_and_perturbation(args, result),
+        "condition that the teacher sees": args.teacher_condition,
+        **{name.replace("_", " "): getattr(args, name) for name in baselines if getattr(args, name)},
+        "seed": args.seed,
+    }
+    return model_card(
+        f"{teacher}, distilled on {dataset}",
+        settings,
+        class_names,
+        "samples/final.png",
+        pipeline=pipeline,
+        tags=["latent-consistency-model", *_features(args)],
+        repo_id=repo_id,
+        call=distilled_call(args),
+    )
+
+
+def distilled_call(args) -> str:
+    """The arguments, beside the condition, of a call of a distilled pipeline."""
+    steps, scale = args.validation_inference_steps, args.validation_guidance_scale
+    return f"num_inference_steps={steps}, guidance_scale={scale:g}"
+
+
+def _dataset(args) -> str:
+    return public_name(args.dataset_name or args.train_data_dir or redacted(args.train_shards))
+
+
+def _corruption_and_perturbation(args, result) -> dict[str, str]:
     corruption, perturbation = "none", "off"
     if args.corruption_ratio:
         corruption = f"ratio {args.corruption_ratio}, {args.corruption_type}, {args.corruption_mode}"
@@ -142,19 +208,9 @@ def _settings(args, result, baselines: Sequence[str]) -> dict[str, object]:
         null = "" if args.cep_perturb_null else ", not on the null embedding"
         perturbation = f"γ = {args.cep_gamma}, {args.cep_type}, {args.cep_mode}{null}"
     return {
-        "recipe": public_name(args.recipe or "none"),
-        "dataset": public_name(args.dataset_name or args.train_data_dir or redacted(args.train_shards)),
-        "resolution": args.resolution,
-        "denoiser": public_name(getattr(args, "pretrained_model_name_or_path", None) or args.denoiser),
-        "first stage": public_name(args.pretrained_vae_model_name_or_path or "the pipeline's own"),
-        "optimizer steps": result.step,
         "corruption": corruption,
         "realized corruption ratio": f"{result.totals['corruption']['realized_ratio']:.4f}",
         "CEP": perturbation,
-        **{name.replace("_", " "): getattr(args, name) for name in baselines if getattr(args, name)},
-        "prediction type": args.prediction_type,
-        "condition dropout": args.conditioning_dropout_prob,
-        "seed": args.seed,
     }
 
 

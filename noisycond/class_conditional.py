@@ -94,8 +94,10 @@ def export(
     card: ModelCard,
     repo_id: str | None,
     evaluation: TrainingEvaluation | None,
+    call: str = "num_inference_steps=50",
 ) -> None:
-    """Writes the last sample grid and what else a run leaves behind; see [`noisycond.results.leave_results`]."""
+    """Writes the last sample grid and what else a run leaves behind; see [`noisycond.results.leave_results`].
+    `call` is what [`noisycond.cards.loading_code`] takes."""
     draw_samples(pipeline, args, len(class_names), run.samples / "final.png")
     leave_results(
         pipeline,
@@ -103,7 +105,7 @@ def export(
         run,
         result,
         write=lambda: export_pipeline(pipeline, run.path, class_names, card),
-        how_to_load=loading_code(pipeline, run.path),
+        how_to_load=loading_code(pipeline, run.path, call),
         evaluation=evaluation,
         repo_id=repo_id,
     )

@@ -65,9 +65,13 @@ def guided(conditional: torch.Tensor, unconditional: torch.Tensor, w: torch.Tens
     guided prediction are the guided x̂_0 and ε̂.
 
     Args:
-        conditional, unconditional [B, C, h, w]: predictions at the same x_t. w [B].
+        conditional, unconditional [B, C, h, w]: predictions at the same x_t, of any precision. w [B]: float32.
+
+    Returns:
+        float32 [B, C, h, w].
     """
-    return conditional + w[:, None, None, None].to(conditional.dtype) * (conditional - unconditional)
+    conditional, unconditional = conditional.float(), unconditional.float()
+    return conditional + w[:, None, None, None] * (conditional - unconditional)
 
 
 def consistency_loss(

@@ -10,6 +10,7 @@ from diffusers import DiffusionPipeline, LCMScheduler, UNet2DConditionModel
 from torch import nn
 
 from noisycond.denoisers import ClassEncoder, ConditionalDenoiser
+from noisycond.denoisers.presets import Preset
 from noisycond.denoisers.unet import UNetBackbone
 from noisycond.errors import InputError, in_one_line, require
 from noisycond.first_stage import FirstStage
@@ -35,6 +36,12 @@ class TeacherSource:
     unet: dict
     scheduler: dict
     class_names: list[str] | None = None
+
+    def latents_of(self, resolution: int) -> Preset:
+        """Channels and factor of the latents by the U-Net's configuration, where the first stage is not at hand."""
+        return Preset(
+            latent_channels=self.unet["in_channels"], factor=max(1, resolution // (self.unet.get("sample_size") or 1))
+        )
 
     @property
     def prediction_type(self) -> str:
@@ -131,10 +138,15 @@ def open_teacher(source: TeacherSource, class_names: list[str]) -> tuple[Conditi
         known == len(class_names),
         f"{FLAG} {source.name}: it knows {known} classes, but the dataset has {len(class_names)}.",
     )
-    teacher = _denoiser(source.unet, len(class_names))
+    teacher = empty_teacher(source, len(class_names))
     teacher.backbone.model.load_state_dict(pipeline.unet.state_dict())
     teacher.encoder.table.load_state_dict(pipeline.class_embedder.embedding.state_dict())
     return teacher.eval().requires_grad_(False), pipeline.vqvae
+
+
+def empty_teacher(source: TeacherSource, num_classes: int) -> ConditionalDenoiser:
+    """The teacher with new weights."""
+    return _denoiser(source.unet, num_classes)
 
 
 def check_latents(source: TeacherSource, first_stage: FirstStage, resolution: int) -> None:

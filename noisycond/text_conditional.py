@@ -6,6 +6,7 @@ import copy
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -41,9 +42,10 @@ SHOWN = 10  # prompts of a sample grid that nobody chose
 @dataclass
 class PromptGridArguments(ValidationArguments):
     validation_prompts: list[str] = flag(
-        [], "Prompts of the sample grids, a row each; the default are ten, for digits in phrasings that no caption has,"
-        " else the first captions."
-    )  # fmt: skip
+        [],
+        "Prompts of the sample grids, a row each; the default are ten, of digits in phrasings that no caption has, "
+        "else the first captions.",
+    )
     num_validation_images: int = flag(4, "Images per prompt in the sample grids.")
 
     def __post_init__(self):
@@ -65,10 +67,8 @@ def grid_prompts(args, data: TrainingData) -> list[str]:
         return [unseen[10 * (2 * digit % phrasings) + digit][0] for digit in range(10)]
     if isinstance(data.source, StreamSource):
         first = (item for shard in range(len(data.source.shards)) for item in data.source.peek(shard, SHOWN))
-        texts = [
-            next(filter(None, raw.captions)) for raw in first if isinstance(raw, RawExample) and any(raw.captions)
-        ]
-        return texts[:SHOWN]
+        captioned = (raw for raw in first if isinstance(raw, RawExample) and any(raw.captions))
+        return [next(filter(None, raw.captions)) for raw in islice(captioned, SHOWN)]
     first = torch.arange(min(SHOWN, len(data.captions)))
     return data.captions.true_texts(first, torch.zeros_like(first))
 
@@ -246,12 +246,12 @@ def export(
     [`noisycond.results.leave_results`]."""
     draw_samples(pipeline, args, prompts, run.samples / "final.png")
     card = text_to_image_card(pipeline, args, prompts, result, repo_id)
-    call = f'prompt="{prompts[0]}"'
+    condition = f'prompt="{prompts[0]}"'
     if args.use_lora:
         base = args.pretrained_model_name_or_path
-        how_to_load = lora_loading_code(pipeline, base, run.path, call)
+        how_to_load = lora_loading_code(pipeline, base, run.path, condition)
     else:
-        how_to_load = loading_code(pipeline, run.path, call)
+        how_to_load = loading_code(pipeline, run.path, condition=condition)
 
     def write() -> None:
         if args.use_lora:

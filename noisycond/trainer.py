@@ -170,7 +170,8 @@ def announce(
     if args.inferred:
         values = ", ".join(f"{name} {value}" for name, value in args.inferred.items())
         logger.info("Values of the recipe %s that are our reading [inferred]: %s.", args.recipe, values)
-    logger.info("%s in %d classes.", images.describe(), len(images.source.class_names))
+    classes = len(images.source.class_names)
+    logger.info("%s%s.", images.describe(), f" in {classes} classes" if classes else "")
     logger.info("%.2f M trainable parameters on %s.", parameters / 1e6, accelerator.device)
     logger.info(
         "%d steps of %d examples (%d per process × %d accumulated × %d processes)%s.",
