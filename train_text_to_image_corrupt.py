@@ -86,16 +86,16 @@ class TextToImageArguments(
 
 def rehearse(args: TextToImageArguments) -> None:
     """Prints what the run would take, without data or GPU; see [`noisycond.dry_run`]."""
-    model, why = peek_text_model(args)
+    model, of_text, of_latents = peek_text_model(args)
     build_objective(args, model.name, model.preset)
     data = dry_run.open_what_is_here(args)
     with torch.device("meta"):
         denoiser = build(args, model)
     encoders = sum(parameter.numel() for parameter in denoiser.encoder.parameters())
-    channels, size = model.first_stage.latent_channels, args.resolution // model.first_stage.factor
+    channels, size = model.preset.latent_channels, args.resolution // model.preset.factor
     facts = {
-        "text encoder": f"{encoders:,}, {'trained along' if args.train_text_encoder else 'frozen'} ({why})",
-        "latents": f"{channels} × {size} × {size}",
+        "text encoder": f"{encoders:,}, {'trained along' if args.train_text_encoder else 'frozen'} ({of_text})",
+        "latents": f"{channels} × {size} × {size} ({of_latents})",
     }
     dry_run.report(args, denoiser, data, facts, model.first_stage)
 
@@ -125,7 +125,7 @@ def main(argv: list[str] | None = None) -> None:
     model = open_text_model(args)
     first_stage = model.first_stage
     objective, noise_schedule = build_objective(args, model.name, model.preset)
-    data = open_training_data(args, mask_word=model.text.mask_word)
+    data = open_training_data(args, mask_word=model.text.mask_word if hasattr(model.text,"mask_word") else "[MASK]")
     if args.streaming and args.cep_gamma > 0 and args.cep_mode == "fixed":
         require_ids(data.source, "--cep_mode fixed")
     prompts = grid_prompts(args, data)

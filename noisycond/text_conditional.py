@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline
 
-from noisycond import randomness
+from noisycond import dry_run, randomness
 from noisycond.arguments import ValidationArguments, flag
 from noisycond.captions import CaptionTally
 from noisycond.cards import loading_code, lora_loading_code, text_to_image_card
@@ -21,8 +21,8 @@ from noisycond.data.opening import TrainingData
 from noisycond.data.streams import RawExample, StreamSource
 from noisycond.denoisers import ConditionalDenoiser, build_text_denoiser, find_text_denoiser
 from noisycond.denoisers.presets import DenoiserSource, Preset
-from noisycond.denoisers.text import TextEncoder, open_text_encoder
-from noisycond.denoisers.text_pipelines import TextPipeline, open_text_pipeline
+from noisycond.denoisers.text import TextEncoder, open_text_encoder, peek_text_encoder
+from noisycond.denoisers.text_pipelines import TextPipeline, open_text_pipeline, peek_text_pipeline
 from noisycond.errors import require
 from noisycond.evaluation.in_training import TrainingEvaluation
 from noisycond.export import export_pipeline
@@ -80,14 +80,17 @@ class FromScratch:
 
     Attributes:
         name: as `--denoiser` names it. source: architecture and noise schedule. text: the text encoder.
-        first_stage: the autoencoder. resolution: of the images.
+        latent_channels, factor: of the first stage. resolution: of the images.
+        first_stage: the autoencoder; None of one that is not on this machine (dry run).
     """
 
     name: str
     source: DenoiserSource
     text: TextEncoder
-    first_stage: FirstStage
+    latent_channels: int
+    factor: int
     resolution: int
+    first_stage: FirstStage | None
 
     @property
     def preset(self) -> Preset:
@@ -99,17 +102,13 @@ class FromScratch:
         Raises:
             InputError: latents, text encoder and architecture do not fit together.
         """
-        factor = self.first_stage.factor
         require(
-            self.resolution % factor == 0,
-            f"--resolution is {self.resolution}, but must be a multiple of the first stage's factor {factor}.",
+            self.resolution % self.factor == 0,
+            f"--resolution is {self.resolution}, but must be a multiple of the first stage's factor {self.factor}.",
         )
+        size = self.resolution // self.factor
         return build_text_denoiser(
-            self.source,
-            self.text,
-            latent_channels=self.first_stage.latent_channels,
-            latent_size=self.resolution // factor,
-            **options,
+            self.source, self.text, latent_channels=self.latent_channels, latent_size=size, **options
         )
 
     def assemble(self, denoiser: ConditionalDenoiser, scheduler: DDIMScheduler) -> LDMTextToImagePipeline:
@@ -136,7 +135,8 @@ def open_text_model(args) -> TextPipeline | FromScratch:
         source = find_text_denoiser(args.denoiser)
         text = open_text_encoder(text_encoder_name(args, source.preset), args.train_text_encoder)
         first_stage = open_first_stage(args.pretrained_vae_model_name_or_path, args.seed)
-        return FromScratch(args.denoiser, source, text, first_stage, args.resolution)
+        shape = (first_stage.latent_channels, first_stage.factor, args.resolution)
+        return FromScratch(args.denoiser, source, text, *shape, first_stage)
     opened = open_text_pipeline(
         existing,
         resolution=args.resolution,
@@ -147,6 +147,30 @@ def open_text_model(args) -> TextPipeline | FromScratch:
     )
     require_its_schedule(args, opened)
     return opened
+
+
+def peek_text_model(args) -> tuple[TextPipeline | FromScratch, str, str]:
+    """As [`open_text_model`], from configurations on this machine alone, on the meta device; and where the sizes of
+    the text encoder and of the latents come from, in words.
+
+    Raises:
+        InputError: as there, or a part is not on this machine whose sizes are not known otherwise.
+    """
+    existing = args.pretrained_model_name_or_path
+    if existing is None:
+        source = find_text_denoiser(args.denoiser)
+        text, of_text = peek_text_encoder(text_encoder_name(args, source.preset), args.train_text_encoder)
+        first_stage, channels, factor, of_latents = dry_run.latents_of(args, source.preset)
+        model = FromScratch(args.denoiser, source, text, channels, factor, args.resolution, first_stage)
+        return model, of_text, of_latents
+    opened = peek_text_pipeline(
+        existing,
+        resolution=args.resolution,
+        train_text_encoder=args.train_text_encoder,
+        revision=args.revision,
+    )
+    require_its_schedule(args, opened)
+    return opened, "the pipeline's", f"first stage of {existing}"
 
 
 def text_encoder_name(args, preset: Preset) -> str:
