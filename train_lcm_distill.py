@@ -160,6 +160,22 @@ def rehearse(args: DistillArguments) -> None:
     dry_run.report(args, student, data, facts, first_stage)
 
 
+def make_distillation(args: DistillArguments, source: teachers.TeacherSource, scheduler) -> ConsistencyDistillation:
+    """What the flags ask for, with the noise levels that the student's scheduler samples at."""
+    return ConsistencyDistillation(
+        scheduler.alphas_cumprod,
+        source.prediction_type,
+        args.num_ddim_timesteps,
+        args.w_min,
+        args.w_max,
+        args.loss_type,
+        args.huber_c,
+        args.timestep_scaling_factor,
+        args.input_perturbation,
+        args.seed,
+    )
+
+
 def make_compute_loss(
     distillation: ConsistencyDistillation, first_stage, teacher, student, average, conditions, autocast
 ):
@@ -253,22 +269,16 @@ def main(argv: list[str] | None = None) -> None:
         on_main(accelerator, lambda: save_corruption_map(corruption, data.source, run.path / "corruption_map.csv"))
     trainer.announce(args, accelerator, data.images, student, batches)
 
-    distillation = ConsistencyDistillation(
-        scheduler.alphas_cumprod,
-        source.prediction_type,
-        args.num_ddim_timesteps,
-        args.w_min,
-        args.w_max,
-        args.loss_type,
-        args.huber_c,
-        args.timestep_scaling_factor,
-        args.input_perturbation,
-        args.seed,
-    )
     average = AveragedWeights()
     conditions = make_label_conditions(args, corruption, teacher.encoder.null_class)
     compute_loss = make_compute_loss(
-        distillation, first_stage, teacher, student, average, conditions, accelerator.autocast
+        make_distillation(args, source, scheduler),
+        first_stage,
+        teacher,
+        student,
+        average,
+        conditions,
+        accelerator.autocast,
     )
 
     def pipeline():
