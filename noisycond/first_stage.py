@@ -91,6 +91,11 @@ class FirstStage:
                 return self.model.encode(pixel_values).latent_dist.parameters.float()
             return self.model.encode(pixel_values).latents.float()
 
+    def latents_of(self, batch: dict, keys: torch.Tensor) -> torch.Tensor:
+        """The latents of a batch, of its `moments` (a cache's) or else of its `pixel_values`; see [`latents`]."""
+        moments = batch["moments"] if "moments" in batch else self.moments(batch["pixel_values"])
+        return self.latents(moments, keys)
+
     def latents(self, moments: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
         """Moments to scaled latents float32 [B, C, h, w]; for KL a draw from the posterior, a pure function of the
         keys int64 [B]."""

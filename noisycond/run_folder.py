@@ -52,6 +52,10 @@ MAY_CHANGE = {
     "eval_reference_split",
     "eval_feature_extractor",
     "eval_extractor_weights",
+    "eval_prompts",
+    "eval_prompt_column",
+    "eval_prompt_split",
+    "eval_clip_model",
     "dataloader_num_workers",
     "cpu_threads_per_process",
     "cache_dir",
@@ -69,6 +73,8 @@ MAY_CHANGE = {
     "train_shards",
     "class_names",
     "pretrained_vae_model_name_or_path",
+    "pretrained_teacher_model",  # its weights and configuration are compared
+    "teacher_revision",
     "num_classes",  # the classes themselves are compared
     "dry_run",
     "class_groups",  # the groups themselves are compared

@@ -109,8 +109,9 @@ class ConditionalDenoiser(nn.Module):
 
         Args:
             noisy [B, C, h, w]: noisy latents. timesteps [B]: int64.
-            condition: what the encoder reads (`class_labels` int64 [B]; tokens, or embeddings of them) and, for fixed
-                CEP, `index` int64 [B].
+            condition: what the encoder reads (`class_labels` int64 [B]; tokens, or embeddings of them), for fixed CEP
+                `index` int64 [B], and for a distilled U-Net `guidance` float32 [B, E], see
+                [`noisycond.distillation.guidance_embedding`].
             keys [B]: int64; the perturbation is a pure function of them. None: it draws from its own stream.
 
         Returns:
@@ -121,7 +122,8 @@ class ConditionalDenoiser(nn.Module):
             keys = condition["index"] if self.fixed and self.training else keys
             where = None if self.perturb_null else ~self.encoder.is_null(condition)
             embedding = self._perturbed(embedding, keys, where)
-        return self.backbone(noisy, timesteps, embedding)
+        guidance = {"guidance": condition["guidance"]} if "guidance" in condition else {}
+        return self.backbone(noisy, timesteps, embedding, **guidance)
 
     def _perturbed(self, embedding, keys: torch.Tensor | None, where: torch.Tensor | None):
         if not isinstance(embedding, TextEmbedding):

@@ -73,14 +73,18 @@ class UNetBackbone(nn.Module):
             nn.init.zeros_(module.bias)
 
     def forward(
-        self, noisy: torch.Tensor, timesteps: torch.Tensor, embedding: torch.Tensor | TextEmbedding
+        self,
+        noisy: torch.Tensor,
+        timesteps: torch.Tensor,
+        embedding: torch.Tensor | TextEmbedding,
+        guidance: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Noisy latents [B, C, h, w], timesteps int64 [B] and embeddings [B, D] or [B, L, D] to a prediction
-        [B, C, h, w]."""
+        [B, C, h, w]. A distilled U-Net also reads an embedding of the guidance [B, `time_cond_proj_dim`]."""
         if isinstance(embedding, TextEmbedding):
             embedding = embedding.sequence  # LDM attends to padding too, and knows no pooled embedding
         context = embedding[:, None] if embedding.dim() == 2 else embedding
-        return self.model(noisy, timesteps, context, return_dict=False)[0]
+        return self.model(noisy, timesteps, context, timestep_cond=guidance, return_dict=False)[0]
 
     def export(self, class_table: torch.Tensor) -> tuple[UNet2DConditionModel, ClassEmbedder]:
         """The model and the class embedder of an [`LDMClassToImagePipeline`] that give the same predictions, in eval

@@ -1,6 +1,19 @@
 """Models of diffusers far smaller than the miniatures, with random weights: latents of 8×8, images of 16×16."""
 
-from diffusers import AutoencoderKL, UNet2DConditionModel, VQModel
+import json
+from pathlib import Path
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    LatentConsistencyModelPipeline,
+    LCMScheduler,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+    VQModel,
+)
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 
 # A U-Net as a configuration file for --denoiser.
@@ -13,6 +26,7 @@ UNET_CONFIG = {
     "cross_attention_dim": 24,
     "norm_num_groups": 8,
 }
+ENDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def _first_stage(levels: int) -> dict:
@@ -48,3 +62,46 @@ def tiny_vq(levels: int = 2, **options) -> VQModel:
 def tiny_kl(latent_channels: int, levels: int = 2) -> AutoencoderKL:
     """A KL first stage of factor 2^(levels - 1)."""
     return AutoencoderKL(**_first_stage(levels), latent_channels=latent_channels)
+
+
+def letters_tokenizer(folder: Path) -> CLIPTokenizer:
+    """A tokenizer of single letters, whose texts are at most 16 long; its files are written into the folder."""
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    words = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    (folder / "vocab.json").write_text(json.dumps({word: place for place, word in enumerate(words)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    return CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=16)
+
+
+def tiny_text_pipeline(folder: Path, kind: type = StableDiffusionPipeline) -> Path:
+    """A text-to-image pipeline of diffusers with weights so large that its images depend on the prompt, saved in the
+    folder, without a safety checker.
+
+    Args:
+        kind: `StableDiffusionPipeline`, or `LatentConsistencyModelPipeline`, whose U-Net takes the guidance scale.
+    """
+    is_consistency = kind is LatentConsistencyModelPipeline
+    folder.mkdir(parents=True)
+    tokenizer = letters_tokenizer(folder)
+    config = {"hidden_size": 12, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    ends = {name: tokenizer.convert_tokens_to_ids(getattr(tokenizer, name[:-3])) for name in ENDS}
+    text = CLIPTextConfig(**config, **ends, vocab_size=len(tokenizer), max_position_embeddings=16)
+    unet = tiny_unet(time_cond_proj_dim=8 if is_consistency else None)
+    scheduler = {"beta_schedule": "scaled_linear", "clip_sample": False, "steps_offset": 1}
+    pipeline = kind(
+        vae=tiny_kl(3),
+        text_encoder=CLIPTextModel(text),
+        tokenizer=tokenizer,
+        unet=unet,
+        scheduler=LCMScheduler(**scheduler) if is_consistency else DDIMScheduler(**scheduler),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    generator = torch.Generator().manual_seed(0)
+    for model in (pipeline.unet, pipeline.text_encoder):
+        for name, parameter in model.named_parameters():  # at the start a U-Net hardly heeds its condition
+            std = 0.3 if model is pipeline.unet and "attn2" not in name else 1.5
+            torch.nn.init.normal_(parameter, std=std, generator=generator)
+    pipeline.save_pretrained(folder)
+    return folder

@@ -17,6 +17,7 @@ from accelerate import cpu_offload
 from diffusers import DDIMScheduler, DiffusionPipeline, LatentConsistencyModelPipeline, LCMScheduler
 from diffusers import LDMTextToImagePipeline as StockPipeline
 from released_layout import change_json, write_text_ldm
+from safetensors.torch import load_file
 from tiny_models import tiny_kl, tiny_unet, tiny_vq
 from tiny_text import tiny_bert, tiny_ldm_bert, tiny_tokenizer
 
@@ -289,6 +290,15 @@ def test_a_released_folder_gives_full_size(released, caplog):
     latents = draw(ours, output_type="latent")
     decoded = ours.vqvae.decode(latents).sample.detach()
     assert np.abs((decoded / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy() - draw(ours)).max() < 1e-5
+
+
+def test_pickled_weights(folder):
+    wanted = draw(quiet(LDMTextToImagePipeline.from_pretrained(folder)))
+    for file in list(folder.rglob("*.safetensors")):
+        name = "pytorch_model.bin" if file.parent.name == "bert" else f"{file.stem}.bin"
+        torch.save(load_file(file), file.with_name(name))
+        file.unlink()
+    assert np.array_equal(draw(quiet(LDMTextToImagePipeline.from_pretrained(folder))), wanted)
 
 
 @pytest.mark.parametrize("stated, asked, used", [(0.5, None, 0.5), (None, 2.0, 2.0), (0.5, 2.0, 2.0)])
