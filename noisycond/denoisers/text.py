@@ -109,6 +109,7 @@ class TextEncoder(nn.Module):
     def __init__(self, models: Sequence[PreTrainedModel], encode: Tokenizing | None, name: str, trained: bool = False):
         super().__init__()
         self.models = nn.ModuleList(models)
+        self._parked: tuple[PreTrainedModel, ...] = ()
         self.encode, self.name, self.is_trained = encode, name, trained
         self.embedding_dropout, self.seed = 0.0, 0
         self.requires_grad_(trained)
@@ -119,9 +120,14 @@ class TextEncoder(nn.Module):
         self.train(self.training)
 
     @property
+    def encoders(self) -> tuple[PreTrainedModel, ...]:
+        """The text encoders, put aside or not."""
+        return self._parked or tuple(self.models)
+
+    @property
     def dim(self) -> int:
         """D."""
-        return self.models[0].config.hidden_size
+        return self.encoders[0].config.hidden_size
 
     @property
     def pooled_dim(self) -> int | None:
@@ -147,6 +153,13 @@ class TextEncoder(nn.Module):
         if not self.is_trained:
             self.models.eval()
         return self
+
+    def park(self) -> None:
+        """Puts frozen encoders aside, on the CPU, once all that is read are cached embeddings: they are then no part
+        of this module, and neither moved to a device nor saved with it."""
+        if self.is_trained:
+            raise ValueError("a text encoder that is trained cannot be put aside.")
+        self._parked, self.models = tuple(model.cpu() for model in self.encoders), nn.ModuleList()
 
     def null(self) -> dict[str, torch.Tensor]:
         """The empty prompt, as `encode` gives it but without `is_truncated`: each [1, ...]."""
@@ -237,11 +250,11 @@ class PairedTextEncoder(TextEncoder):
 
     @property
     def dim(self) -> int:
-        return sum(model.config.hidden_size for model in self.models)
+        return sum(model.config.hidden_size for model in self.encoders)
 
     @property
     def pooled_dim(self) -> int:
-        return self.models[-1].config.projection_dim
+        return self.encoders[-1].config.projection_dim
 
     def embed(self, condition: dict) -> TextEmbedding:
         embedding = super().embed(condition)

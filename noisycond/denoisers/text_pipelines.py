@@ -13,7 +13,6 @@ import torch
 import transformers
 from diffusers import (
     DiffusionPipeline,
-    LDMTextToImagePipeline,
     ModelMixin,
     PixArtAlphaPipeline,
     PixArtTransformer2DModel,
@@ -42,8 +41,11 @@ from noisycond.errors import InputError, in_one_line, require
 from noisycond.first_stage import FirstStage, peek_first_stage, taken_from
 from noisycond.noise_schedule import schedule_of_scheduler
 from noisycond.perturbation import ConditionEmbeddingPerturbation
+from noisycond.pipelines import LDMTextToImagePipeline
 
 
+# The factor that diffusers' own LDMTextToImagePipeline takes every first stage to have.
+STOCK_LDM_FACTOR = 8
 FLAG = "--pretrained_model_name_or_path"
 
 
@@ -263,13 +265,12 @@ def open_text_pipeline(
     family = _family(name, index)
     try:
         pipeline = family.pipeline.from_pretrained(name, revision=revision, variant=variant, torch_dtype=torch.float32)
-        vae_config = type(getattr(pipeline, family.first_stage)).load_config(
-            name, subfolder=family.first_stage, revision=revision
-        )
     except Exception as error:  # diffusers and transformers raise whatever their parts raise
         raise InputError(f"{FLAG} {name}: cannot be opened ({in_one_line(error)}).") from error
+    pipeline = _of_its_class(pipeline, index)
     pipeline.register_to_config(_name_or_path=public_name(name))
-    first_stage = _asked(name, lambda: taken_from(getattr(pipeline, family.first_stage), vae_config, name, seed))
+    vae = getattr(pipeline, family.first_stage)
+    first_stage = _asked(name, lambda: taken_from(vae, vae.config, name, seed))
     text = family.make_text(
         [getattr(pipeline, slot) for slot in family.tokenizers],
         [getattr(pipeline, slot) for slot in family.encoders],
@@ -336,6 +337,15 @@ def _family(name: str, index: dict) -> Family:
     return family
 
 
+def _of_its_class(pipeline: DiffusionPipeline, index: dict) -> DiffusionPipeline:
+    """diffusers' own class for LDM, which needs no code of ours, where the folder names it and it draws images of the
+    right size."""
+    is_ours = isinstance(index["_class_name"], (list, tuple))
+    if isinstance(pipeline, LDMTextToImagePipeline) and not is_ours and pipeline.vae_scale_factor == STOCK_LDM_FACTOR:
+        return diffusers.LDMTextToImagePipeline(**pipeline.components)
+    return pipeline
+
+
 def _asked(name: str, action: Callable):
     """What an action gives; an InputError of it names the flag."""
     try:
@@ -378,7 +388,7 @@ def _taken_apart(
         f"its denoiser attends to embeddings of {backbone.dim} numbers, but its text encoder gives {text.dim}.",
     )
     preset = Preset(
-        dict(config),
+        {key: value for key, value in config.items() if not key.startswith("_")},
         family.backbone,
         learns_variance,
         latent_channels=channels,
