@@ -51,7 +51,7 @@ setup(
     packages=[*find_packages(include=["noisycond", "noisycond.*"]), "noisycond.pipelines"],
     # pipelines/ stands at the root of the checkout, where people look for it, and is installed below noisycond.
     package_dir={"noisycond.pipelines": "pipelines"},
-    package_data={"noisycond": ["data/first_stages/*/*", "evaluation/weights/*/*"]},
+    package_data={"noisycond": ["data/first_stages/*/*", "data/text_encoders/*/*", "evaluation/weights/*/*"]},
     install_requires=INSTALL_REQUIRES,
     extras_require=EXTRAS,
     classifiers=[

@@ -5,9 +5,7 @@ accelerate launch train_class_cond.py                                   # a mini
 accelerate launch train_class_cond.py --recipe dit_xl_2_in1k --corruption_ratio 0.025
 """
 
-import json
 import sys
-import textwrap
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,7 +13,7 @@ from pathlib import Path
 try:
     import torch
 
-    from noisycond import LabelCorruption, checkpoints, dry_run, hardware, hub, pictures, randomness, sampling, trainer
+    from noisycond import checkpoints, dry_run, hardware, hub, trainer
     from noisycond.arguments import (
         CorruptionArguments,
         FirstStageArguments,
@@ -27,21 +25,25 @@ try:
         flag,
         parse_arguments,
     )
-    from noisycond.cards import class_conditional_card, loading_code
-    from noisycond.data.class_groups import read_class_groups
+    from noisycond.cards import class_conditional_card
+    from noisycond.class_conditional import (
+        SampleGridArguments,
+        draw_samples,
+        export,
+        label_conditions,
+        open_corruption,
+    )
     from noisycond.data.corruption_map import save_corruption_map
     from noisycond.data.opening import open_batches, open_training_data
-    from noisycond.data.streams import require_ids
     from noisycond.denoisers import build_denoiser, find_denoiser
-    from noisycond.errors import one_sentence_errors, require, writing
+    from noisycond.errors import one_sentence_errors, require
     from noisycond.evaluation.in_training import EvaluationArguments, TrainingEvaluation
-    from noisycond.export import class_pipeline, export_pipeline, sampling_scheduler
+    from noisycond.export import class_pipeline, sampling_scheduler
     from noisycond.first_stage import open_first_stage
     from noisycond.noise_schedule import build_objective
     from noisycond.objective import DiffusionObjective
     from noisycond.perturbation import ConditionEmbeddingPerturbation
     from noisycond.processes import on_main
-    from noisycond.randomness import Purpose
     from noisycond.run_folder import RunFolder, claim
 except ModuleNotFoundError as error:
     sys.exit(f"error: {error.name} is not installed; in the checkout, run: pip install -e .")
@@ -53,6 +55,7 @@ class ClassCondArguments(
     FirstStageArguments,
     CorruptionArguments,
     PerturbationArguments,
+    SampleGridArguments,
     ObjectiveArguments,
     LoopArguments,
     EvaluationArguments,
@@ -62,9 +65,6 @@ class ClassCondArguments(
                          "config JSON, or a pretrained folder or Hub id to continue from.")  # fmt: skip
     gradient_checkpointing: bool = flag(False, "Recompute activations in the backward pass to save memory.")
     enable_xformers_memory_efficient_attention: bool = flag(False, "Use the attention of xformers.")
-    validation_guidance_scale: float = flag(4.0, "Guidance scale of the sample grids.")
-    validation_inference_steps: int = flag(50, "Sampling steps of the sample grids.")
-    validation_images_per_class: int = flag(10, "Images per class in the sample grids, of at most 10 classes.")
 
     def __post_init__(self):
         super().__post_init__()
@@ -76,16 +76,6 @@ class ClassCondArguments(
         require(
             not self.cache_latents or self.center_crop or self.dataset_name == "digits",
             "--cache_latents needs --center_crop: a random crop is another image every epoch.",
-        )
-        require(
-            self.validation_inference_steps <= self.num_train_timesteps and self.validation_guidance_scale >= 1,
-            f"--validation_inference_steps is {self.validation_inference_steps} and --validation_guidance_scale "
-            f"{self.validation_guidance_scale}, but they must be at most --num_train_timesteps, "
-            f"{self.num_train_timesteps}, and at least 1 (no guidance).",
-        )
-        require(
-            self.validation_images_per_class > 0 and self.validation_inference_steps > 0,
-            "--validation_images_per_class and --validation_inference_steps must be positive.",
         )
 
 
@@ -132,52 +122,12 @@ def make_compute_loss(args: ClassCondArguments, first_stage, objective: Diffusio
     """The loss per example: encode, corrupt and drop the label, add noise, predict, compare."""
 
     def compute_loss(denoiser, batch: dict, keys: torch.Tensor) -> torch.Tensor:
-        moments = batch["moments"] if "moments" in batch else first_stage.moments(batch["pixel_values"])
-        latents = first_stage.latents(moments, keys)
-        labels = corruption(batch["class_labels"], batch["index"], batch["epoch"])
-        corruption.count(batch["class_labels"], labels)
-        dropped = randomness.bernoulli(args.seed, Purpose.CONDITION_DROPOUT, keys, args.conditioning_dropout_prob)
-        condition = {"class_labels": labels.masked_fill(dropped, null_class), "index": batch["index"]}
+        latents = first_stage.latents_of(batch, keys)
+        condition, _ = label_conditions(args, corruption, null_class, batch, keys)
         examples = objective.noise(latents, keys)
         return objective.loss(denoiser(examples.noisy, examples.timesteps, condition, keys), examples)
 
     return compute_loss
-
-
-def draw_samples(pipeline, args: ClassCondArguments, num_classes: int, path: Path) -> None:
-    """Draws a sample grid, a row per class, and saves it as a PNG."""
-    labels = sampling.class_rows(num_classes, args.validation_images_per_class)
-    images = sampling.sample_all(
-        pipeline,
-        labels,
-        seed=args.seed,
-        guidance_scale=args.validation_guidance_scale,
-        num_inference_steps=args.validation_inference_steps,
-    )
-    scale = max(1, 64 // images[0].width)
-    with writing(f"--output_dir {args.output_dir}", path.name):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        pictures.image_grid(images, args.validation_images_per_class, scale=scale).save(path)
-
-
-def export(
-    pipeline, args: ClassCondArguments, run: RunFolder, class_names: list[str], result, repo_id, evaluation
-) -> None:
-    """Writes what a run leaves behind: pipeline, card, sample grid, loss curve, corruption counts; then pushes it."""
-    draw_samples(pipeline, args, len(class_names), run.samples / "final.png")
-    card = class_conditional_card(pipeline, args, class_names, result, repo_id)
-    with writing(f"--output_dir {run.path}", "the pipeline (its last checkpoint is whole)"):
-        pictures.plot_loss(run.read_log(), run.path / "loss.png")
-        (run.path / "corruption.json").write_text(json.dumps(result.totals["corruption"], indent=2) + "\n")
-        export_pipeline(pipeline, run.path, class_names, card)
-        if evaluation is not None:
-            evaluation.at_the_end(pipeline, run, result.step)
-    print(
-        f"\nSamples: {run.samples / 'final.png'}\nLoss curve: {run.path / 'loss.png'}\nPipeline: {run.path}\n\n"
-        f"Load it where only diffusers is installed:\n\n{textwrap.indent(loading_code(pipeline, run.path), '    ')}\n"
-    )
-    if repo_id is not None:
-        hub.push(run.path, repo_id, args.hub_private_repo)
 
 
 @one_sentence_errors
@@ -195,18 +145,7 @@ def main(argv: list[str] | None = None) -> None:
     source = find_denoiser(args.denoiser)
     data = open_training_data(args)
     class_names = data.source.class_names
-    require(
-        args.corruption_ratio == 0 or len(class_names) > 1,
-        f"--corruption_ratio {args.corruption_ratio} needs at least two classes, but the dataset has one.",
-    )
-    if args.streaming and args.corruption_ratio > 0 and args.corruption_mode == "fixed":
-        require_ids(data.source, "--corruption_mode fixed")
-    if args.streaming and args.cep_gamma > 0 and args.cep_mode == "fixed":
-        require_ids(data.source, "--cep_mode fixed")
-    groups = read_class_groups(args.class_groups, class_names) if args.class_groups else None
-    corruption = LabelCorruption(
-        args.corruption_ratio, len(class_names), seed=args.seed, groups=groups, mode=args.corruption_mode
-    )
+    corruption, groups = open_corruption(args, data)
     objective, noise_schedule = build_objective(args, args.denoiser, source.preset)
     denoiser = build(args, source, class_names, first_stage.latent_channels, first_stage.factor)
     if args.enable_xformers_memory_efficient_attention:
@@ -236,6 +175,11 @@ def main(argv: list[str] | None = None) -> None:
     def pipeline():
         return class_pipeline(denoiser, first_stage, sampling_scheduler(objective, noise_schedule))
 
+    def finish():
+        exported = pipeline()
+        card = class_conditional_card(exported, args, class_names, result, repo_id)
+        export(exported, args, run, class_names, result, card, repo_id, evaluation)
+
     result = trainer.fit(
         denoiser,
         batches,
@@ -255,7 +199,7 @@ def main(argv: list[str] | None = None) -> None:
         ],
     )
     if result.stopped_by is None:
-        on_main(accelerator, lambda: export(pipeline(), args, run, class_names, result, repo_id, evaluation))
+        on_main(accelerator, finish)
     trainer.finish(accelerator, result, run)
 
 

@@ -49,6 +49,10 @@ class Arguments:
     def __post_init__(self):
         pass
 
+    def is_default(self, name: str) -> bool:
+        """Whether a flag (one whose default is no list) has its default value."""
+        return getattr(self, name) == type(self).__dataclass_fields__[name].default
+
 
 @dataclass
 class DataArguments(Arguments):
@@ -79,6 +83,9 @@ class DataArguments(Arguments):
     )
     max_bad_images: int = flag(10, "Unreadable images are named and skipped up to this number, then the run stops.")
     dataloader_num_workers: int = flag(0, "Processes that load data; 0 loads in the training process.")
+    # No flags: whether training needs classes, and which of the flags about columns a folder of images heeds.
+    needs_classes = True
+    heeded_by_a_folder = ()
 
     def __post_init__(self):
         super().__post_init__()
@@ -93,15 +100,9 @@ class DataArguments(Arguments):
             require(
                 Path(self.train_data_dir).is_dir(), f"--train_data_dir {self.train_data_dir}: there is no such folder."
             )
-        elsewhere = {
-            "dataset_config_name": None,
-            "dataset_split": "train",
-            "image_column": "image",
-            "label_column": "label",
-        }
-        for name, default in elsewhere.items():
+        for name in ("dataset_config_name", "dataset_split", "image_column", "label_column"):
             require(
-                self.train_data_dir is None or getattr(self, name) == default,
+                self.train_data_dir is None or self.is_default(name) or name in self.heeded_by_a_folder,
                 f"--{name} has no effect with --train_data_dir: a folder of images has no such thing.",
             )
         by_number = self.class_subset is not None and self.class_subset.isdigit()
@@ -157,7 +158,7 @@ class StreamArguments(DataArguments):
                     f"--{name} has no effect with --train_shards: shards have no such thing.",
                 )
             require(
-                self.class_names is not None,
+                self.class_names is not None or not self.needs_classes,
                 "--class_names FILE is needed with --train_shards: shards do not say how many classes there are.",
             )
         require(
@@ -403,6 +404,28 @@ class LoopArguments(Arguments):
         require(
             not (self.resume_from_checkpoint and self.overwrite_output_dir),
             "--resume_from_checkpoint and --overwrite_output_dir contradict each other: give one of them.",
+        )
+
+
+@dataclass
+class ValidationArguments(Arguments):
+    """How the sample grids of a training script are drawn. To be inherited from before [`ObjectiveArguments`], so that
+    the number of noise levels is checked first."""
+
+    validation_guidance_scale: float = flag(4.0, "Guidance scale of the sample grids.")
+    validation_inference_steps: int = flag(50, "Sampling steps of the sample grids.")
+
+    def __post_init__(self):
+        super().__post_init__()
+        levels = getattr(self, "num_train_timesteps", math.inf)
+        require(
+            0 < self.validation_inference_steps <= levels,
+            f"--validation_inference_steps is {self.validation_inference_steps}, but must be positive and at most "
+            f"--num_train_timesteps, {levels}.",
+        )
+        require(
+            1 <= self.validation_guidance_scale < math.inf,
+            f"--validation_guidance_scale is {self.validation_guidance_scale}, but must be at least 1 (no guidance).",
         )
 
 

@@ -1,5 +1,6 @@
 """Model cards: what was trained, with which corruption and CEP, and how to load it."""
 
+import inspect
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,15 +13,35 @@ from noisycond.data.shard_names import redacted
 UNKNOWN_PLACE = "PATH_OR_ID_OF_THIS_FOLDER"
 
 
-def loading_code(pipeline, location: str | Path) -> str:
-    """How to load a class-conditional pipeline from a folder or Hub id with diffusers alone, and draw an image."""
+def loading_code(
+    pipeline, location: str | Path, call: str = "num_inference_steps=50", condition: str | None = None
+) -> str:
+    """How to load a pipeline from a folder or Hub id with diffusers alone, and draw an image.
+
+    Args:
+        call: the arguments of the call beside the condition. condition: the argument that says of what; by default an
+            example of what the pipeline takes.
+    """
     in_diffusers = type(pipeline).__module__.startswith("diffusers.")
     trust = "" if in_diffusers else ", trust_remote_code=True"
+    if condition is None:
+        is_text = "prompt" in inspect.signature(pipeline.__call__).parameters
+        condition = 'prompt="a photo of a dog"' if is_text else "class_labels=[0]"
     return f"""from diffusers import DiffusionPipeline
 
 pipeline = DiffusionPipeline.from_pretrained("{location}"{trust})
-image = pipeline(class_labels=[0], num_inference_steps=50).images[0]
+image = pipeline({condition}, {call}).images[0]
 """
+
+
+def lora_loading_code(pipeline, base: str, location: str | Path, condition: str) -> str:
+    """How to load LoRA weights from a folder or Hub id onto the pipeline `base` that they were trained on, and draw an
+    image; see [`loading_code`]."""
+    lines = loading_code(pipeline, base, condition=condition).splitlines(keepends=True)
+    model = "transformer" if hasattr(pipeline, "transformer") else "unet"
+    by_pipeline = hasattr(pipeline, "load_lora_weights")
+    load = "load_lora_weights" if by_pipeline else f"{model}.load_lora_adapter"
+    return "".join([*lines[:-1], f'pipeline.{load}("{location}")\n', lines[-1]])
 
 
 def model_card(
@@ -32,31 +53,50 @@ def model_card(
     pipeline,
     tags: Sequence[str] = (),
     repo_id: str | None = None,
+    call: str = "num_inference_steps=50",
 ) -> ModelCard:
     """A model card: what was trained, with which corruption and CEP, the sample grid, and how to load it.
 
     Args:
         settings: what the table lists, in order, a name and a value. picture: the grid's path inside the folder.
         pipeline: what the folder holds. tags: beside those that every card has. repo_id: where it is pushed to.
+        call: see [`loading_code`].
     """
     shown = ", ".join(class_names[:10]) + (", …" if len(class_names) > 10 else "")
     tags = ["class-conditional", *tags, f"diffusers:{type(pipeline).__name__}"]
-    return ModelCard(
-        f"""{_front_matter(tags, "unconditional-image-generation")}
-# {title}
+    return _generator_card(
+        _front_matter(tags, "unconditional-image-generation"),
+        f"# {title}\n\nA class-conditional latent diffusion model",
+        picture,
+        loading_code(pipeline, repo_id or UNKNOWN_PLACE, call),
+        f"{len(class_names)} classes: {shown}",
+        settings,
+    )
 
-A class-conditional latent diffusion model trained with noisycond, after *Slight Corruption in Pre-training Data Makes
-Better Diffusion Models* ([arXiv:2405.20494](https://arxiv.org/abs/2405.20494)).
 
-![samples]({picture})
+def text_to_image_card(pipeline, args, prompts: Sequence[str], result, repo_id: str | None) -> ModelCard:
+    """The card of a text-to-image run, or of the LoRA weights that it trained; see [`class_conditional_card`].
 
-```py
-{loading_code(pipeline, repo_id or UNKNOWN_PLACE)}```
-
-{len(class_names)} classes: {shown}
-
-{_table(settings)}
-"""
+    Args:
+        prompts: those of the sample grid, a row each.
+    """
+    base, lora = args.pretrained_model_name_or_path, args.use_lora
+    settings = _settings(args, result, ("input_perturbation", "embedding_dropout", "snr_gamma"))
+    settings |= {"text encoder": "trained along" if args.train_text_encoder else "frozen"}
+    if lora:
+        settings["LoRA"] = f"rank {args.rank}, alpha {args.lora_alpha or args.rank}"
+    place, condition = repo_id or UNKNOWN_PLACE, f'prompt="{prompts[0]}"'
+    kind = "LoRA weights for a text-to-image model" if lora else "A text-to-image latent diffusion model"
+    tags = ["text-to-image", *_features(args), f"diffusers:{type(pipeline).__name__}"] + ["lora"] * lora
+    return _generator_card(
+        _front_matter(tags, "text-to-image", None if base is None else public_name(base)),
+        f"# {settings['denoiser']} on {settings['dataset']}\n\n{kind}",
+        "samples/final.png",
+        lora_loading_code(pipeline, public_name(base), place, condition)
+        if lora
+        else loading_code(pipeline, place, condition=condition),
+        "The samples, row by row: " + "; ".join(prompts),
+        settings,
     )
 
 
@@ -91,39 +131,92 @@ def class_conditional_card(pipeline, args, class_names: Sequence[str], result, r
         pipeline: what was exported. args: the resolved arguments. result: how training ended, with the counts of the
             corruption. repo_id: see [`model_card`].
     """
-    dataset = public_name(args.dataset_name or args.train_data_dir or redacted(args.train_shards))
+    baselines = ("input_perturbation", "embedding_dropout", "label_smoothing", "snr_gamma")
+    settings = _settings(args, result, baselines)
+    return model_card(
+        f"{settings['denoiser']} on {settings['dataset']}",
+        settings,
+        class_names,
+        "samples/final.png",
+        pipeline=pipeline,
+        tags=_features(args),
+        repo_id=repo_id,
+    )
+
+
+def _settings(args, result, baselines: Sequence[str]) -> dict[str, object]:
+    return {
+        "recipe": public_name(args.recipe or "none"),
+        "dataset": _dataset(args),
+        "resolution": args.resolution,
+        "denoiser": public_name(getattr(args, "pretrained_model_name_or_path", None) or args.denoiser),
+        "first stage": public_name(args.pretrained_vae_model_name_or_path or "the pipeline's own"),
+        "optimizer steps": result.step,
+        **_corruption_and_perturbation(args, result),
+        **{name.replace("_", " "): getattr(args, name) for name in baselines if getattr(args, name)},
+        "prediction type": args.prediction_type,
+        "condition dropout": args.conditioning_dropout_prob,
+        "seed": args.seed,
+    }
+
+
+def distillation_card(pipeline, args, class_names: Sequence[str], result, repo_id: str | None) -> ModelCard:
+    """The card of a class-conditional latent consistency model; arguments as for [`class_conditional_card`]."""
+    dataset, teacher = _dataset(args), public_name(args.pretrained_teacher_model)
+    baselines = ("input_perturbation", "embedding_dropout", "label_smoothing", "conditioning_dropout_prob")
+    settings = {
+        "recipe": public_name(args.recipe or "none"),
+        "teacher": teacher,
+        "dataset": dataset,
+        "resolution": args.resolution,
+        "optimizer steps": result.step,
+        "guidance scales of the teacher (w + 1)": f"{args.w_min + 1:g} to {args.w_max + 1:g}",
+        "steps of the solver": args.num_ddim_timesteps,
+        "loss": args.loss_type + (f", c = {args.huber_c}" if args.loss_type == "huber" else ""),
+        **_corruption_and_perturbation(args, result),
+        "condition that the teacher sees": args.teacher_condition,
+        **{name.replace("_", " "): getattr(args, name) for name in baselines if getattr(args, name)},
+        "seed": args.seed,
+    }
+    return model_card(
+        f"{teacher}, distilled on {dataset}",
+        settings,
+        class_names,
+        "samples/final.png",
+        pipeline=pipeline,
+        tags=["latent-consistency-model", *_features(args)],
+        repo_id=repo_id,
+        call=distilled_call(args),
+    )
+
+
+def distilled_call(args) -> str:
+    """The arguments, beside the condition, of a call of a distilled pipeline."""
+    steps, scale = args.validation_inference_steps, args.validation_guidance_scale
+    return f"num_inference_steps={steps}, guidance_scale={scale:g}"
+
+
+def _dataset(args) -> str:
+    return public_name(args.dataset_name or args.train_data_dir or redacted(args.train_shards))
+
+
+def _corruption_and_perturbation(args, result) -> dict[str, str]:
     corruption, perturbation = "none", "off"
     if args.corruption_ratio:
         corruption = f"ratio {args.corruption_ratio}, {args.corruption_type}, {args.corruption_mode}"
     if args.cep_gamma:
         null = "" if args.cep_perturb_null else ", not on the null embedding"
         perturbation = f"γ = {args.cep_gamma}, {args.cep_type}, {args.cep_mode}{null}"
-    baselines = ("input_perturbation", "embedding_dropout", "label_smoothing", "snr_gamma")
-    settings = {
-        "recipe": public_name(args.recipe or "none"),
-        "dataset": dataset,
-        "resolution": args.resolution,
-        "denoiser": public_name(args.denoiser),
-        "first stage": public_name(args.pretrained_vae_model_name_or_path),
-        "optimizer steps": result.step,
+    return {
         "corruption": corruption,
         "realized corruption ratio": f"{result.totals['corruption']['realized_ratio']:.4f}",
         "CEP": perturbation,
-        **{name.replace("_", " "): getattr(args, name) for name in baselines if getattr(args, name)},
-        "prediction type": args.prediction_type,
-        "condition dropout": args.conditioning_dropout_prob,
-        "seed": args.seed,
     }
+
+
+def _features(args) -> list[str]:
     features = {"condition-corruption": args.corruption_ratio, "condition-embedding-perturbation": args.cep_gamma}
-    return model_card(
-        f"{settings['denoiser']} on {dataset}",
-        settings,
-        class_names,
-        "samples/final.png",
-        pipeline=pipeline,
-        tags=[tag for tag, strength in features.items() if strength],
-        repo_id=repo_id,
-    )
+    return [tag for tag, strength in features.items() if strength]
 
 
 def public_name(name_or_path: str) -> str:
@@ -133,9 +226,31 @@ def public_name(name_or_path: str) -> str:
     return path.resolve().name if is_path else name_or_path
 
 
-def _front_matter(tags: list[str], pipeline_tag: str | None = None) -> str:
+def _generator_card(front_matter: str, kind: str, picture: str, code: str, below: str, settings: dict) -> ModelCard:
+    return ModelCard(
+        f"""{front_matter}
+{kind} trained with noisycond, after *Slight Corruption in Pre-training Data Makes
+Better Diffusion Models* ([arXiv:2405.20494](https://arxiv.org/abs/2405.20494)).
+
+![samples]({picture})
+
+```py
+{code}```
+
+{below}
+
+{_table(settings)}
+"""
+    )
+
+
+def _front_matter(tags: list[str], pipeline_tag: str | None = None, base_model: str | None = None) -> str:
     data = ModelCardData(
-        license="apache-2.0", library_name="diffusers", pipeline_tag=pipeline_tag, tags=["noisycond", *tags]
+        license="apache-2.0",
+        library_name="diffusers",
+        pipeline_tag=pipeline_tag,
+        base_model=base_model,
+        tags=["noisycond", *tags],
     )
     return f"---\n{data.to_yaml()}\n---\n"
 

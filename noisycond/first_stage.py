@@ -91,6 +91,11 @@ class FirstStage:
                 return self.model.encode(pixel_values).latent_dist.parameters.float()
             return self.model.encode(pixel_values).latents.float()
 
+    def latents_of(self, batch: dict, keys: torch.Tensor) -> torch.Tensor:
+        """The latents of a batch, of its `moments` (a cache's) or else of its `pixel_values`; see [`latents`]."""
+        moments = batch["moments"] if "moments" in batch else self.moments(batch["pixel_values"])
+        return self.latents(moments, keys)
+
     def latents(self, moments: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
         """Moments to scaled latents float32 [B, C, h, w]; for KL a draw from the posterior, a pure function of the
         keys int64 [B]."""
@@ -99,6 +104,20 @@ class FirstStage:
             noise = randomness.normal(self.seed, Purpose.LATENT_POSTERIOR, keys, mean.shape[1:])
             moments = mean + torch.exp(0.5 * log_variance.clamp(-30.0, 20.0)) * noise
         return moments * self.scaling_factor
+
+
+def taken_from(model: AutoencoderKL | VQModel, config: dict, name: str, seed: int = 0) -> FirstStage:
+    """The first stage of an autoencoder that was opened.
+
+    Args:
+        config: its configuration as it was written, without what diffusers fills in. name: as it was given.
+    """
+    if isinstance(model, VQModel) and "scaling_factor" not in config:
+        # diffusers would fill in 0.18215, a KL autoencoder's number; LDM uses the latents unscaled.
+        model.register_to_config(scaling_factor=1.0)
+    # An export repeats this entry: the name that was given, not where this machine keeps it.
+    model.register_to_config(_name_or_path=public_name(name))
+    return FirstStage(model, seed)
 
 
 def state_hash(model: torch.nn.Module) -> str:
@@ -158,12 +177,7 @@ def _open(
                 reasons.append(f"it is a {config.get('_class_name')}")
                 continue
             model = make(CLASSES[config["_class_name"]], config, location, at)
-            if isinstance(model, VQModel) and "scaling_factor" not in config:
-                # diffusers would fill in 0.18215, a KL autoencoder's number; LDM uses the latents unscaled.
-                model.register_to_config(scaling_factor=1.0)
-            # An export repeats this entry: the name that was given, not where this machine keeps it.
-            model.register_to_config(_name_or_path=public_name(str(name_or_path)))
-            return FirstStage(model, seed)
+            return taken_from(model, config, str(name_or_path), seed)
         except (OSError, ValueError, KeyError) as error:
             reasons.append(" ".join(str(error).split()))
     shipped = ", ".join(sorted(path.name for path in SHIPPED.glob("*/")))

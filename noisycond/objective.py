@@ -39,6 +39,34 @@ def make_betas(schedule: str, start: float, end: float, num_timesteps: int) -> t
     return (1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=0.999)
 
 
+def predicted_clean(
+    prediction: torch.Tensor,
+    noisy: torch.Tensor,
+    signal_scale: torch.Tensor,
+    noise_scale: torch.Tensor,
+    prediction_type: str,
+) -> torch.Tensor:
+    """x̂_0 by what is predicted at x_t = √ᾱ_t x_0 + √(1 - ᾱ_t) ε: its shape.
+
+    Args:
+        prediction, noisy [B, C, h, w]: ε̂ or v̂, and x_t. signal_scale, noise_scale [B, 1, 1, 1]: √ᾱ_t and √(1 - ᾱ_t).
+    """
+    if prediction_type == "epsilon":
+        return (noisy - noise_scale * prediction) / signal_scale
+    return signal_scale * noisy - noise_scale * prediction
+
+
+def predicted_noise(
+    prediction: torch.Tensor,
+    noisy: torch.Tensor,
+    signal_scale: torch.Tensor,
+    noise_scale: torch.Tensor,
+    prediction_type: str,
+) -> torch.Tensor:
+    """ε̂ by what is predicted at x_t; arguments as for [`predicted_clean`]."""
+    return prediction if prediction_type == "epsilon" else signal_scale * prediction + noise_scale * noisy
+
+
 @dataclass
 class NoisyExamples:
     """What the denoiser sees and what it should say.
@@ -146,10 +174,7 @@ class DiffusionObjective:
         return alphas_cumprod.sqrt().float(), (1.0 - alphas_cumprod).sqrt().float()
 
     def _clean_from(self, prediction: torch.Tensor, examples: NoisyExamples) -> torch.Tensor:
-        signal_scale, noise_scale = self._scales(examples.timesteps)
-        if self.prediction_type == "epsilon":
-            return (examples.noisy - noise_scale * prediction) / signal_scale
-        return signal_scale * examples.noisy - noise_scale * prediction
+        return predicted_clean(prediction, examples.noisy, *self._scales(examples.timesteps), self.prediction_type)
 
     def _vlb(self, prediction: torch.Tensor, variance: torch.Tensor, examples: NoisyExamples) -> torch.Tensor:
         """The term of the variational bound at t in bits per dimension: float32 [B].

@@ -117,14 +117,21 @@ class ConditionEmbeddingPerturbation(nn.Module):
         return randomness.step_keys(-self.calls, torch.arange(len(embedding), device=embedding.device))
 
 
-def embedding_dropout(embedding: torch.Tensor, probability: float, seed: int, keys: torch.Tensor) -> torch.Tensor:
+def embedding_dropout(
+    embedding: torch.Tensor,
+    probability: float,
+    seed: int,
+    keys: torch.Tensor,
+    purpose: str = Purpose.EMBEDDING_DROPOUT,
+) -> torch.Tensor:
     """Baseline of arXiv:2405.20494: zeroes coordinates of the embedding with this probability and scales the rest by
     1/(1 - p), as `torch.nn.Dropout` does, but as a pure function of the keys.
 
     Args:
         embedding [B, ..., D], probability in [0, 1), seed, keys [B] int64.
+        purpose: two embeddings of one example need two names, or they lose the same coordinates.
     """
-    draws = randomness.uniform(seed, Purpose.EMBEDDING_DROPOUT, keys, embedding.shape[1:])
+    draws = randomness.uniform(seed, purpose, keys, embedding.shape[1:])
     return embedding * ((draws >= probability).to(embedding.dtype) / (1.0 - probability))
 
 

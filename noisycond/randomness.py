@@ -50,6 +50,12 @@ class Purpose(StrEnum):
     SUPPORT_PROJECTION = "support projection"
     SUPPORT_BOOTSTRAP = "support bootstrap"
     IMAGE_PAIRS = "image pairs"
+    SOLVER_STEP = "step of the solver"
+    GUIDANCE = "guidance of the teacher"
+    CAPTION_CHOICE = "caption choice"
+    CAPTION_SWAP = "caption swap"
+    CAPTION_WORDS = "caption words"
+    CAPTION_POOL = "caption pool"
 
 
 _MASK = 0xFFFFFFFF

@@ -73,6 +73,8 @@ MAY_CHANGE = {
     "train_shards",
     "class_names",
     "pretrained_vae_model_name_or_path",
+    "pretrained_teacher_model",  # its weights and configuration are compared
+    "teacher_revision",
     "num_classes",  # the classes themselves are compared
     "dry_run",
     "class_groups",  # the groups themselves are compared

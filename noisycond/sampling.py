@@ -19,12 +19,14 @@ from tqdm import tqdm
 from noisycond import randomness
 from noisycond.errors import InputError, closest, require
 from noisycond.first_stage import state_hash
-from noisycond.pipelines import LDMClassToImagePipeline, OriginalDiTPipeline
+from noisycond.pipelines import LDMClassToImagePipeline, LDMTextToImagePipeline, OriginalDiTPipeline
 from noisycond.randomness import Purpose
 
 
 logger = logging.getLogger(__name__)
-OWN_PIPELINES = {kind.__name__: kind for kind in (LDMClassToImagePipeline, OriginalDiTPipeline)}
+OWN_PIPELINES = {
+    kind.__name__: kind for kind in (LDMClassToImagePipeline, LDMTextToImagePipeline, OriginalDiTPipeline)
+}
 # What a text-to-image pipeline is called with here.
 TEXT_TO_IMAGE = ("prompt", "guidance_scale", "num_inference_steps", "generator")
 # Arguments that show that a pipeline which takes a prompt draws from more than that, or draws no images.

@@ -33,6 +33,27 @@ HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "t
 Callback = Callable[["LDMClassToImagePipeline", int, int, dict], dict]
 
 
+def get_guidance_scale_embedding(
+    w: torch.Tensor, embedding_dim: int = 512, dtype: torch.dtype = torch.float32
+) -> torch.Tensor:
+    """Guidance scales as a U-Net with `time_cond_proj_dim` takes them: the sinusoidal embedding of 1000 w (Section 4.2
+    of arXiv:2310.04378).
+
+    Args:
+        w [N]: the guidance scale less 1, so that 0 is no guidance.
+        embedding_dim: the U-Net's `time_cond_proj_dim`, 4 or more.
+
+    Returns:
+        [N, embedding_dim]: sines, then cosines, of 1000 w times frequencies that fall from 1 to 1/10000; of an odd
+        dimension the last is 0.
+    """
+    half = embedding_dim // 2
+    step = torch.tensor(10000.0, dtype=dtype, device=w.device).log() / (half - 1)
+    phases = 1000.0 * w.to(dtype)[:, None] * torch.exp(-step * torch.arange(half, dtype=dtype, device=w.device))
+    embedding = torch.cat([phases.sin(), phases.cos()], dim=1)
+    return torch.nn.functional.pad(embedding, (0, embedding_dim % 2))
+
+
 class ClassEmbedder(ModelMixin, ConfigMixin):
     """A learned embedding per class, with the null class, which stands for "no condition", in the last row.
 
@@ -73,7 +94,8 @@ class LDMClassToImagePipeline(DiffusionPipeline):
     Args:
         unet ([`UNet2DConditionModel`]): denoises latents; attends to the class embedding.
         class_embedder ([`ClassEmbedder`]): labels to embeddings.
-        scheduler ([`SchedulerMixin`]): any scheduler of diffusers for the U-Net's prediction type.
+        scheduler ([`SchedulerMixin`]): any scheduler of diffusers for the U-Net's prediction type; of a latent
+            consistency model an [`LCMScheduler`].
         vqvae ([`VQModel`] or [`AutoencoderKL`], *optional*): the first stage; without it only `output_type="latent"`
             works.
         id2label (`dict[int, str]`, *optional*): class names.
@@ -158,7 +180,8 @@ class LDMClassToImagePipeline(DiffusionPipeline):
             height, width: of the images in pixels; the default is what the U-Net was trained on.
             num_inference_steps: denoising steps.
             guidance_scale: classifier-free guidance (arXiv:2207.12598); 1 is off and halves the cost. The default is
-                the one that the authors of arXiv:2405.20494 sample with.
+                the one that the authors of arXiv:2405.20494 sample with. A U-Net with `time_cond_proj_dim` (a latent
+                consistency model, arXiv:2310.04378) gets the scale as an embedding, and every scale costs the same.
             num_images_per_prompt: images per label.
             eta: η of DDIM (arXiv:2010.02502) in [0, 1]; other schedulers ignore it.
             generator: one for the whole batch, or one per image: then an image does not depend on its batch.
@@ -193,7 +216,9 @@ class LDMClassToImagePipeline(DiffusionPipeline):
         if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
         self._check_inputs(height, width, output_type, generator, len(labels), callback_on_step_end_tensor_inputs)
-        self._guidance_scale, self._is_guided, self._interrupt = guidance_scale, guidance_scale != 1.0, False
+        # A U-Net that was distilled to guided predictions gets the scale as an embedding and needs one pass.
+        is_guided = guidance_scale != 1.0 and self.unet.config.time_cond_proj_dim is None
+        self._guidance_scale, self._is_guided, self._interrupt = guidance_scale, is_guided, False
 
         device = self._execution_device
         class_embeds = self.class_embedder(labels.to(device))
@@ -205,34 +230,55 @@ class LDMClassToImagePipeline(DiffusionPipeline):
         self.scheduler.set_timesteps(num_inference_steps, device=device)
         shape = (len(labels), self.unet.config.in_channels, height // factor, width // factor)
         latents = self._prepare_latents(latents, shape, generator, device, class_embeds.dtype)
-        known = inspect.signature(self.scheduler.step).parameters
-        options = {"eta": eta, "generator": generator}
-        options = {name: value for name, value in options.items() if name in known}
+        callback = (callback_on_step_end, callback_on_step_end_tensor_inputs)
+        latents = self._denoise(latents, class_embeds, {"eta": eta, "generator": generator}, *callback)
 
+        images = latents if output_type == "latent" else self._decode(latents, output_type)
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def _denoise(self, latents, embeds, options: dict, callback, tensor_inputs) -> torch.Tensor:
+        """The sampling loop.
+
+        Args:
+            latents [N, C, h, w]: noise. embeds [N or 2N, L, D]: what the U-Net attends to, unconditional ones first.
+            options: what the scheduler's step gets of it is what it knows.
+            callback, tensor_inputs: called after every step.
+        """
+        known = inspect.signature(self.scheduler.step).parameters
+        options = {name: value for name, value in options.items() if name in known}
+        embeds_name = self._callback_tensor_inputs[1]
         timesteps = self.scheduler.timesteps
         self._num_timesteps = len(timesteps)
         for step, timestep in enumerate(self.progress_bar(timesteps)):
             if self._interrupt:
                 continue
             doubled = torch.cat([latents] * 2) if self.do_classifier_free_guidance else latents
-            doubled = self.scheduler.scale_model_input(doubled, timestep).to(class_embeds.dtype)
-            prediction = self.unet(doubled, timestep, class_embeds, return_dict=False)[0]
+            doubled = self.scheduler.scale_model_input(doubled, timestep).to(embeds.dtype)
+            guidance = self._embed_guidance(doubled)
+            prediction = self.unet(doubled, timestep, embeds, timestep_cond=guidance, return_dict=False)[0]
             if self.do_classifier_free_guidance:
                 unconditional, conditional = prediction.chunk(2)
                 prediction = unconditional + self.guidance_scale * (conditional - unconditional)
             latents = self.scheduler.step(prediction, timestep, latents, **options, return_dict=False)[0]
-            if callback_on_step_end is not None:
-                tensors = {"latents": latents, "class_embeds": class_embeds}
-                given = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
-                returned = callback_on_step_end(self, step, timestep, given) or {}
+            if callback is not None:
+                tensors = {"latents": latents, embeds_name: embeds}
+                given = {name: tensors[name] for name in tensor_inputs}
+                returned = callback(self, step, timestep, given) or {}
                 latents = returned.get("latents", latents)
-                class_embeds = returned.get("class_embeds", class_embeds)
-                # The scale does not tell: 0 ends guidance in callbacks for diffusers, but is the null class in a call.
-                self._is_guided = len(class_embeds) == 2 * len(latents)
+                embeds = returned.get(embeds_name, embeds)
+                # The scale does not tell: 0 ends guidance in callbacks for diffusers, but is the null condition in a
+                # call.
+                self._is_guided = len(embeds) == 2 * len(latents)
+        return latents
 
-        images = latents if output_type == "latent" else self._decode(latents, output_type)
-        self.maybe_free_model_hooks()
-        return ImagePipelineOutput(images=images) if return_dict else (images,)
+    def _embed_guidance(self, latents: torch.Tensor) -> torch.Tensor | None:
+        """The embedding of the guidance scale, for a U-Net that takes one."""
+        dim = self.unet.config.time_cond_proj_dim
+        if dim is None:
+            return None
+        w = torch.full((len(latents),), self.guidance_scale - 1.0)
+        return get_guidance_scale_embedding(w, dim).to(latents.device, latents.dtype)
 
     @property
     def _sample_size(self) -> tuple[int, int]:

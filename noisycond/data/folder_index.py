@@ -46,7 +46,10 @@ class Names(Sequence):
 
     def __getitem__(self, index: int) -> str:
         first = self.ends[index - 1] if index else 0
-        return os.fsdecode(self.content[first : self.ends[index]].tobytes())
+        return self.decoded(self.content[first : self.ends[index]].tobytes())
+
+    def decoded(self, name: bytes) -> str:
+        return os.fsdecode(name)
 
 
 class FolderIndex:

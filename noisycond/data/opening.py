@@ -1,18 +1,35 @@
 """From flags to training batches: source, transform, first stage and latent cache put together."""
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
 from accelerate import Accelerator
 
 from noisycond.arguments import DataArguments, StreamArguments
+from noisycond.captions import MASK_WORD
 from noisycond.data.batches import Batches
+from noisycond.data.caption_options import CaptionDataArguments
+from noisycond.data.captions import (
+    Captioned,
+    Captions,
+    Encode,
+    StreamCaptions,
+    caption_facts,
+    caption_stream,
+    open_captions,
+)
 from noisycond.data.images import BadImages, LabelledImages, Transform
 from noisycond.data.latent_cache import default_cache_dir, open_latent_cache
 from noisycond.data.sources import ImageSource, check_number_of_classes, open_source
 from noisycond.data.stream_batches import StreamBatches, StreamedImages
 from noisycond.data.streams import StreamSource, open_stream
+from noisycond.errors import InputError
 from noisycond.first_stage import FirstStage
+
+
+logger = logging.getLogger(__name__)
+SHOWN = 3  # examples without a caption that a message names
 
 
 @dataclass
@@ -20,44 +37,81 @@ class TrainingData:
     """The images of a run.
 
     Attributes:
-        images: examples as pixels. bad_images: counts those that cannot be read.
+        images: examples as pixels. bad_images: counts those that cannot be read, or have no caption.
         facts: what a resumed run must share, as JSON values.
+        captions: of [`CaptionDataArguments`]; a stream's are drawn while it is read.
     """
 
     images: LabelledImages | StreamedImages
     bad_images: BadImages
     facts: dict
+    captions: Captions | StreamCaptions | None = None
 
     @property
     def source(self) -> ImageSource | StreamSource:
         return self.images.source
 
 
-def open_training_data(args: DataArguments, keep_index: bool = True) -> TrainingData:
-    """Opens the dataset that the flags name; `keep_index` as for [`noisycond.data.sources.ImageFolder`].
+def open_training_data(args: DataArguments, keep_index: bool = True, mask_word: str = MASK_WORD) -> TrainingData:
+    """Opens the dataset that the flags name; `keep_index` as for [`noisycond.data.sources.ImageFolder`], `mask_word`
+    as for [`noisycond.captions.corrupt_words`].
 
     Raises:
-        InputError: see [`noisycond.data.sources.open_source`] and [`noisycond.data.streams.open_stream`].
+        InputError: see [`noisycond.data.sources.open_source`], [`noisycond.data.streams.open_stream`] and
+            [`noisycond.data.captions.open_captions`]; or more examples without a caption than --max_bad_images.
     """
     transform = Transform(
         args.resolution, args.center_crop, args.random_flip, args.image_interpolation_mode, seed=args.seed
     )
+    bad_images, captions = BadImages(args.max_bad_images), None
     if isinstance(args, StreamArguments) and args.streaming:
         stream = open_stream(args)
         check_number_of_classes(args, stream.class_names)
         facts = {"dataset": stream.fingerprint, "shards": len(stream.shards), "class_names": stream.class_names}
-        return TrainingData(StreamedImages(stream, transform), BadImages(args.max_bad_images), facts)
+        if isinstance(args, CaptionDataArguments):
+            captions = caption_stream(args, stream, mask_word)
+            facts |= caption_facts(captions)
+        return TrainingData(StreamedImages(stream, transform), bad_images, facts, captions)
     source = open_source(args, keep_index=keep_index)
-    facts = {"dataset": source.fingerprint, "examples": len(source), "class_names": source.class_names}
-    return TrainingData(LabelledImages(source, transform), BadImages(args.max_bad_images), facts)
+    facts = {}
+    if isinstance(args, CaptionDataArguments):
+        source, captions, missing = open_captions(args, source, mask_word)
+        _count_missing(missing, bad_images)
+        facts = caption_facts(captions)
+    facts |= {"dataset": source.fingerprint, "examples": len(source), "class_names": source.class_names}
+    return TrainingData(LabelledImages(source, transform), bad_images, facts, captions)
 
 
-def open_batches(args, data: TrainingData, accelerator: Accelerator, first_stage: FirstStage | None = None) -> Batches:
+def _count_missing(names: list[str], bad_images: BadImages) -> None:
+    """Counts examples that were left out since they have no caption, and says so in one sentence."""
+    if not names:
+        return
+    shown = ", ".join(names[:SHOWN]) + (", …" if len(names) > SHOWN else "")
+    what = f"{len(names)} examples have no caption: {shown}"
+    if len(names) > bad_images.limit:
+        raise InputError(
+            f"{what}; that is more than --max_bad_images {bad_images.limit}. Mend or remove them, or allow more."
+        )
+    logger.warning("Left out: %s.", what)
+    bad_images.add([f"{name} (it has no caption)" for name in names], quiet=True)
+
+
+def open_batches(
+    args,
+    data: TrainingData,
+    accelerator: Accelerator,
+    first_stage: FirstStage | None = None,
+    encode: Encode | None = None,
+) -> Batches:
     """This process's training batches: of latents where `--cache_latents` was given, of pixels otherwise.
+
+    Args:
+        encode: for data with captions, what makes tensors of them; see [`noisycond.data.captions.Captioned`].
 
     Raises:
         InputError: too many unreadable images, or no space left for the cache.
     """
+    assert (encode is None) == (data.captions is None), "captions and what encodes them go together"
     dataset = data.images
     if first_stage is not None and args.cache_latents:
         folder = Path(args.latent_cache_dir) if args.latent_cache_dir else default_cache_dir()
@@ -71,5 +125,8 @@ def open_batches(args, data: TrainingData, accelerator: Accelerator, first_stage
         args.dataloader_num_workers,
     )
     if isinstance(dataset, StreamedImages):
+        dataset = StreamedImages(dataset.source, dataset.transform, encode)
         return StreamBatches(dataset, *shape, args.shuffle_buffer_size, args.max_bad_images)
+    if isinstance(data.captions, Captions):
+        dataset = Captioned(dataset, data.captions, encode)
     return Batches(dataset, *shape)

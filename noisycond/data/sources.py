@@ -5,6 +5,8 @@ A source knows its labels without opening an image, so that label corruption and
 
 import hashlib
 import io
+import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,7 +24,7 @@ class ImageSource:
 
     Attributes:
         labels [N]: int64 in [0, K).
-        class_names: K names, in the order of the labels.
+        class_names: K names, in the order of the labels; none where nothing says the classes, and all labels are 0.
         fingerprint: a string that tells one dataset from another, wherever it lies; a resumed run must share it.
         version: a string that also changes when files were touched; with the fingerprint it keys the latent cache.
         texts: N texts that the images were drawn from, or None.
@@ -45,6 +47,37 @@ class ImageSource:
     def name(self, index: int) -> str:
         """What a message calls the image."""
         raise NotImplementedError
+
+    def captions(self, column: str, option: str = "--caption_column") -> list[list[str]]:
+        """The captions of each image as they are stored in this column, "" where one is missing. Raises InputError,
+        which names this option, where there is no such column or it holds no text."""
+        raise InputError(f"{option} {column}: this kind of data has no captions.")
+
+
+def stored_texts(value: object) -> list[str]:
+    """A stored caption (text, bytes of it, or nothing) or a list of them, as a list; "" for nothing.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    texts = []
+    for text in value if isinstance(value, (list, tuple)) else [value]:
+        if isinstance(text, bytes):
+            try:
+                text = text.decode("utf-8")
+            except UnicodeDecodeError:
+                raise ValueError("its caption is no text in UTF-8") from None
+        if not isinstance(text, (str, type(None))):
+            raise ValueError(f"its caption is {text!r}, not text")
+        texts.append((text or "").strip())
+    return texts
+
+
+def _texts_of_column(option: str, column: str, values: Sequence[object]) -> list[list[str]]:
+    try:
+        return [stored_texts(value) for value in values]
+    except ValueError as error:
+        raise InputError(f"{option} {column}: expected captions, each a text or a list of texts ({error}).") from error
 
 
 class Digits(ImageSource):
@@ -78,6 +111,11 @@ class Digits(ImageSource):
     def name(self, index: int) -> str:
         return f"digit {self.positions[index]}"
 
+    def captions(self, column: str, option: str = "--caption_column") -> list[list[str]]:
+        from noisycond.data.digit_captions import captions_of  # it needs this module
+
+        return captions_of(self)
+
 
 class ImageFolder(ImageSource):
     """Images in one sub-folder per class, as `torchvision.datasets.ImageFolder` reads them; `keep_index` says whether
@@ -108,26 +146,127 @@ class ImageFolder(ImageSource):
         return str(self.root / self.names[index])
 
 
-class HuggingFaceDataset(ImageSource):
-    """A map-style dataset of `datasets`: a Hub id, a folder it can load, or one written by `save_to_disk`."""
+class MetadataFolder(ImageSource):
+    """A folder of images with a `metadata.jsonl`, as the `imagefolder` of `datasets` reads it: a line per image, its
+    `file_name` (relative to the folder) and more about it.
 
-    def __init__(self, name: str, config: str | None, split: str, image_column: str, label_column: str, cache_dir):
+    Args:
+        label_column: the key of class labels (integers or names); None for images without classes.
+
+    Raises:
+        InputError: there is no such file, or a line of it is no JSON object, names no file or has no label.
+    """
+
+    FILE = "metadata.jsonl"
+
+    def __init__(self, root: str, label_column: str | None = None):
+        self.root = Path(root)
+        self.rows = self._read()
+        sizes, times = [], []
+        for row in self.rows:
+            try:
+                status = os.stat(self.root / row["file_name"])
+                sizes.append(status.st_size), times.append(status.st_mtime_ns)
+            except OSError:  # found to be a bad image when it is read
+                sizes.append(-1), times.append(-1)
+        if label_column is None:
+            self.labels, self.class_names = np.zeros(len(self.rows), dtype=np.int64), []
+        else:
+            self.labels, self.class_names = _numbered(
+                label_column, self._values("--label_column", label_column), "what stands there"
+            )
+        content = hashlib.sha256()
+        for row, size in zip(self.rows, sizes, strict=True):
+            content.update(f"{row['file_name']}\0{size}\0{row.get(label_column)}\n".encode())
+        self.fingerprint = content.hexdigest()
+        self.version = hashlib.sha256(np.array(times, dtype=np.int64).tobytes()).hexdigest()
+
+    def _read(self) -> list[dict]:
+        path = self.root / self.FILE
+        rows = []
+        try:
+            with path.open(encoding="utf-8") as file:
+                for number, line in enumerate(file, 1):
+                    if not line.strip():
+                        continue
+                    row = json.loads(line)
+                    if not isinstance(row, dict) or not isinstance(row.get("file_name"), str):
+                        raise ValueError(f"line {number} is no JSON object with a `file_name`")
+                    rows.append(row)
+        except OSError as error:
+            raise InputError(
+                f"--train_data_dir {self.root}: its {self.FILE}, which holds the captions, cannot be read "
+                f"({error.strerror})."
+            ) from error
+        except json.JSONDecodeError as error:
+            raise InputError(f"--train_data_dir {path}: line {number} is no JSON ({error.msg}).") from error
+        except ValueError as error:
+            raise InputError(f"--train_data_dir {path}: {in_one_line(error)}.") from error
+        return rows
+
+    def _values(self, option: str, key: str) -> list[object]:
+        """What stands under a key, None where a line has none. Raises InputError where no line has it."""
+        known = {name: None for row in self.rows for name in row}
+        if self.rows and key not in known:
+            raise InputError(
+                f"{option} {key}: the lines of {self.root / self.FILE} have the keys {', '.join(known)}"
+                f"{closest(key, known)}."
+            )
+        return [row.get(key) for row in self.rows]
+
+    def read(self, index: int, resolution: int) -> Image.Image:
+        with Image.open(self.name(index)) as image:
+            return image.convert("RGB")
+
+    def name(self, index: int) -> str:
+        return str(self.root / self.rows[index]["file_name"])
+
+    def captions(self, column: str, option: str = "--caption_column") -> list[list[str]]:
+        return _texts_of_column(option, column, self._values(option, column))
+
+
+def _numbered(column: str, values: list[object], kind: object) -> tuple[np.ndarray, list[str]]:
+    """Labels that are integers or names, as numbers [N] int64 of the sorted ones, and their names."""
+    missing = next((place for place, value in enumerate(values) if value is None), None)
+    if missing is not None:
+        raise InputError(f"--label_column {column}: example {missing} has no label; leave such examples out.")
+    array = np.asarray(values)
+    if array.dtype.kind not in "iuUS" or array.ndim != 1:
+        raise InputError(f"--label_column {column}: expected class labels (integers or names), not {kind}.")
+    names, labels = np.unique(array, return_inverse=True)
+    return labels.astype(np.int64), [str(name) for name in names]
+
+
+class HuggingFaceDataset(ImageSource):
+    """A map-style dataset of `datasets`: a Hub id, a folder it can load, or one written by `save_to_disk`. Without
+    `label_column` it has no classes."""
+
+    def __init__(
+        self, name: str, config: str | None, split: str, image_column: str, label_column: str | None, cache_dir
+    ):
         import datasets
 
         dataset = self._open(datasets, name, config, split, cache_dir)
+        self.title, self.image_column = name, image_column
         for option, column in (("--image_column", image_column), ("--label_column", label_column)):
-            if column not in dataset.column_names:
-                raise InputError(
-                    f"{option} {column}: the dataset {name} has the columns {', '.join(dataset.column_names)}"
-                    f"{closest(column, dataset.column_names)}."
-                )
+            if column is not None:
+                self._require_column(dataset, option, column)
         if not isinstance(dataset.features[image_column], datasets.Image):
             raise InputError(f"--image_column {image_column}: this column of {name} holds no images.")
         # Decoded here and not by `datasets`, so that a broken image can be named and skipped.
         self.dataset = dataset.cast_column(image_column, datasets.Image(decode=False))
-        self.title, self.image_column = name, image_column
-        self.labels, self.class_names = self._labels(dataset, label_column)
+        if label_column is None:
+            self.labels, self.class_names = np.zeros(len(dataset), dtype=np.int64), []
+        else:
+            self.labels, self.class_names = self._labels(dataset, label_column)
         self.fingerprint = f"{dataset._fingerprint}/{image_column}/{label_column}"
+
+    def _require_column(self, dataset, option: str, column: str) -> None:
+        if column not in dataset.column_names:
+            raise InputError(
+                f"{option} {column}: the dataset {self.title} has the columns {', '.join(dataset.column_names)}"
+                f"{closest(column, dataset.column_names)}."
+            )
 
     @staticmethod
     def _open(datasets, name: str, config: str | None, split: str, cache_dir):
@@ -160,13 +299,9 @@ class HuggingFaceDataset(ImageSource):
         missing = next((place for place, value in enumerate(values) if value in absent), None)
         if missing is not None:
             raise InputError(f"--label_column {column}: example {missing} has no label; leave such examples out.")
-        values = np.asarray(values)
         if hasattr(feature, "names"):
-            return values.astype(np.int64), list(feature.names)
-        if values.dtype.kind not in "iuUS":
-            raise InputError(f"--label_column {column}: expected class labels (integers or names), not {feature}.")
-        names, labels = np.unique(values, return_inverse=True)
-        return labels.astype(np.int64), [str(name) for name in names]
+            return np.asarray(values).astype(np.int64), list(feature.names)
+        return _numbered(column, values, feature)
 
     def read(self, index: int, resolution: int) -> Image.Image:
         entry = self.dataset[int(index)][self.image_column]
@@ -179,6 +314,10 @@ class HuggingFaceDataset(ImageSource):
         path = (self.dataset[int(index)][self.image_column] or {}).get("path")
         return f"{self.title}[{index}]" + (f" ({path})" if path else "")
 
+    def captions(self, column: str, option: str = "--caption_column") -> list[list[str]]:
+        self._require_column(self.dataset, option, column)
+        return _texts_of_column(option, column, self.dataset.select_columns([column])[:][column])
+
 
 class Subset(ImageSource):
     """Some examples of a source, with their classes numbered anew in the old order."""
@@ -188,7 +327,7 @@ class Subset(ImageSource):
         renumber = np.full(len(source.class_names), -1, dtype=np.int64)
         renumber[list(classes)] = np.arange(len(classes))
         self.source, self.kept = source, kept
-        self.labels = renumber[source.labels[kept]]
+        self.labels = renumber[source.labels[kept]] if source.class_names else source.labels[kept]
         self.class_names = [source.class_names[label] for label in classes]
         self.fingerprint = hashlib.sha256(source.fingerprint.encode() + kept.tobytes()).hexdigest()
         self.version = source.version
@@ -198,6 +337,10 @@ class Subset(ImageSource):
 
     def name(self, index: int) -> str:
         return self.source.name(int(self.kept[index]))
+
+    def captions(self, column: str, option: str = "--caption_column") -> list[list[str]]:
+        captions = self.source.captions(column, option)
+        return [captions[index] for index in self.kept]
 
 
 def read_class_names(option: str, path: str) -> list[str]:
@@ -256,8 +399,11 @@ def open_source(args, split: str | None = None, keep_index: bool = True) -> Imag
         args: a [`noisycond.arguments.DataArguments`]; split: another split than `args.dataset_split`.
         keep_index: see [`ImageFolder`].
     """
-    if args.train_data_dir is not None:
-        source: ImageSource = ImageFolder(args.train_data_dir, keep_index)
+    source: ImageSource
+    if args.train_data_dir is not None and hasattr(args, "caption_column"):
+        source = MetadataFolder(args.train_data_dir, args.label_column)
+    elif args.train_data_dir is not None:
+        source = ImageFolder(args.train_data_dir, keep_index)
     elif args.dataset_name == "digits":
         source = Digits(split or args.dataset_split)
     else:

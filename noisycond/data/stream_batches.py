@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from noisycond import randomness
 from noisycond.data.batches import Batches, collate
+from noisycond.data.captions import Encode, encoded
 from noisycond.data.images import UNREADABLE, BadImages, Transform
 from noisycond.data.streams import Broken, RawExample, StreamSource, stable_key
 from noisycond.errors import InputError, in_one_line
@@ -150,7 +151,7 @@ class Lane:
         shards = self.shards_of(start.epoch)
         for place in range(start.shard, len(shards)):
             first = start.example if place == start.shard else 0
-            for number, found in enumerate(self.source.read(shards[place])):
+            for number, found in enumerate(self.source.examples(shards[place], start.epoch)):
                 if isinstance(found, Broken):
                     block.broken.append(found.name)
                 elif number >= first and number % stride == remainder:
@@ -192,18 +193,20 @@ class StreamedImages(Dataset):
 
     Attributes:
         source: the stream. transform: images to tensors.
+        encode: captions to tensors, see [`noisycond.data.captions.Captioned`]; None where they are not asked for.
     """
 
-    def __init__(self, source: StreamSource, transform: Transform):
-        self.source, self.transform = source, transform
+    def __init__(self, source: StreamSource, transform: Transform, encode: Encode | None = None):
+        self.source, self.transform, self.encode = source, transform, encode
 
     def describe(self) -> str:
         """What is known of its size, for the log."""
         return f"A stream of {len(self.source.shards)} shards"
 
     def __getitem__(self, item: tuple[RawExample | Broken, Cursor]) -> dict:
-        """A training example as that of [`noisycond.data.images.LabelledImages`], with a cursor instead of its
-        position; or `bad`, what a message says of one that is of no use, and its `epoch`."""
+        """A training example as that of [`noisycond.data.images.LabelledImages`], or of
+        [`noisycond.data.captions.Captioned`] with `encode`, with a cursor instead of its position; or `bad`, what a
+        message says of one that is of no use, and its `epoch`."""
         raw, cursor = item
         if isinstance(raw, Broken):
             return {"bad": raw.name, "epoch": cursor.epoch}
@@ -212,13 +215,16 @@ class StreamedImages(Dataset):
         except UNREADABLE as error:
             return {"bad": f"{raw.name} ({in_one_line(error)})", "epoch": cursor.epoch}
         index = stable_key(raw.id if self.source.has_ids and raw.id is not None else raw.name)
-        return {
+        example = {
             "index": index,
             "epoch": cursor.epoch,
             "pixel_values": self.transform(image, index, cursor.epoch),
             "class_labels": label,
             "cursor": torch.tensor(cursor),
         }
+        if self.encode is not None:
+            example |= {name: value[0] for name, value in encoded(self.encode, [raw.caption]).items()}
+        return example
 
 
 def _collate(decoded: list[dict]) -> dict:

@@ -14,7 +14,7 @@ import lzma
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from itertools import islice
@@ -25,8 +25,9 @@ import fsspec
 from PIL import Image
 
 from noisycond.arguments import StreamArguments
+from noisycond.captions import Caption
 from noisycond.data.shard_names import redacted, shard_name
-from noisycond.data.sources import read_class_names
+from noisycond.data.sources import read_class_names, stored_texts
 from noisycond.errors import InputError, closest, in_one_line, require
 
 
@@ -46,7 +47,9 @@ class RawExample:
         name: what a message calls it.
         id: a string that stays with the example wherever its shard lies; None where it has none.
         image: the bytes of an image file, or a path or URL that `fsspec` opens.
-        label: as stored. problem: why it is known to be of no use.
+        label: as stored, or None where labels are not asked for. problem: why it is known to be of no use.
+        captions: as stored, where they are asked for. rewritten: rewritings of each of them.
+        caption: the one to train with, once it is drawn.
     """
 
     name: str
@@ -54,6 +57,9 @@ class RawExample:
     image: bytes | str | None
     label: object
     problem: str | None = None
+    captions: tuple[str, ...] = ()
+    rewritten: tuple[str, ...] = ()
+    caption: Caption | None = None
 
 
 @dataclass(frozen=True)
@@ -68,10 +74,11 @@ class StreamSource:
 
     Attributes:
         shards: S names, independent of where the shards lie; their order is fixed.
-        class_names: K names, in the order of the labels.
+        class_names: K names, in the order of the labels; none where labels are not asked for.
         fingerprint: a string that tells one dataset from another, wherever it lies; a resumed run must share it.
         has_ids: whether its examples carry stable ids, each its own as far as was looked. ids_needed: without one an
             example is of no use.
+        captioning: gives examples, in the order of their shard, of this name, the captions to train with in an epoch.
     """
 
     shards: list[str]
@@ -79,6 +86,12 @@ class StreamSource:
     fingerprint: str
     has_ids: bool
     ids_needed: bool = False
+    captioning: Callable[[Iterator[RawExample | Broken], str, int], Iterator[RawExample | Broken]] | None = None
+
+    def examples(self, shard: int, epoch: int) -> Iterator[RawExample | Broken]:
+        """What [`read`] gives, in the same order, with captions as they are drawn in this epoch."""
+        items = self.read(shard)
+        return items if self.captioning is None else self.captioning(items, self.shards[shard], epoch)
 
     def read(self, shard: int) -> Iterator[RawExample | Broken]:
         """The examples of a shard, always in the same order. Raises nothing: where the shard cannot be read (further),
@@ -91,13 +104,13 @@ class StreamSource:
             return list(islice(items, count))
 
     def decode(self, raw: RawExample) -> tuple[Image.Image, int]:
-        """The image, RGB, and its label in [0, K). Raises OSError, ValueError or SyntaxError (as Pillow does) where
-        there is none."""
+        """The image, RGB, and its label in [0, K), 0 where there are no classes. Raises OSError, ValueError or
+        SyntaxError (as Pillow does) where there is none."""
         if raw.problem is not None:
             raise ValueError(raw.problem)
         if self.ids_needed and raw.id is None:
             raise ValueError("it has no stable id")
-        label = label_number(raw.label, self.class_names)
+        label = label_number(raw.label, self.class_names) if self.class_names else 0
         if raw.image is None:
             raise ValueError("it has no image")
         content = raw.image if isinstance(raw.image, bytes) else _fetch(raw.image)
@@ -144,9 +157,10 @@ class WebDatasetShards(StreamSource):
     `__key__` that name. The image is a file with a usual extension, the label one named `cls` or a field of `json`.
 
     Args:
-        pattern: as `--train_shards`. class_names: K names.
+        pattern: as `--train_shards`. class_names: K names; none without labels.
         image_column: an extension, or `image` for any usual one.
-        label_column: an extension, or a field of `json`; `label` also stands for `cls`.
+        label_column: an extension, or a field of `json`; `label` also stands for `cls`. None: there are no labels.
+        caption_column, rewritten_column: the same; `text` also stands for `txt`. None: they are not asked for.
 
     Raises:
         InputError: the pattern names no file, one that is not there, a command that names no tar file, or two shards
@@ -155,7 +169,15 @@ class WebDatasetShards(StreamSource):
 
     has_ids = True
 
-    def __init__(self, pattern: str, class_names: list[str], image_column: str = "image", label_column: str = "label"):
+    def __init__(
+        self,
+        pattern: str,
+        class_names: list[str],
+        image_column: str = "image",
+        label_column: str | None = "label",
+        caption_column: str | None = None,
+        rewritten_column: str | None = None,
+    ):
         self.urls = _expand(pattern)
         shown = redacted(pattern)
         require(self.urls, f"--train_shards {shown}: it names no shard.")
@@ -174,6 +196,7 @@ class WebDatasetShards(StreamSource):
         )
         self.class_names = class_names
         self.image_column, self.label_column = image_column, label_column
+        self.caption_column, self.rewritten_column = caption_column, rewritten_column
         self.fingerprint = self._fingerprint()
 
     def _fingerprint(self) -> str:
@@ -230,23 +253,45 @@ class WebDatasetShards(StreamSource):
         extensions = IMAGE_EXTENSIONS if self.image_column == "image" else (self.image_column,)
         image = next((sample[extension] for extension in extensions if extension in sample), None)
         files = ", ".join(name for name in sample if not name.startswith("__")) or "none"
-        problem, label = None, None
+        problem, label, captions, rewritten = None, None, (), ()
         if image is None:
             problem = f"it has no image: its files are {files}"
         try:
-            label = self._label(sample)
-            if label is None:
-                problem = problem or f"it has no label: its files are {files}"
+            fields = _Fields(sample)
+            if self.label_column is not None:
+                label = fields.get(self.label_column, {"label": "cls"})
+                if label is None:
+                    problem = problem or f"it has no label: its files are {files}"
+            captions, rewritten = self._texts(fields, self.caption_column), self._texts(fields, self.rewritten_column)
+            if self.caption_column is not None and not any(captions):
+                problem = problem or f"it has no caption: its files are {files}"
         except ValueError as error:
-            problem = problem or f"its json cannot be read: {_reason(error)}"
-        return RawExample(key, key, image, label, problem)
+            problem = problem or str(error)
+        return RawExample(key, key, image, label, problem, captions, rewritten)
 
-    def _label(self, sample: dict) -> object:
-        for extension in (self.label_column, "cls") if self.label_column == "label" else (self.label_column,):
-            if extension in sample:
-                return sample[extension]
-        fields = json.loads(sample["json"]) if "json" in sample else None
-        return fields.get(self.label_column) if isinstance(fields, dict) else None
+    @staticmethod
+    def _texts(fields: "_Fields", column: str | None) -> tuple[str, ...]:
+        return () if column is None else tuple(stored_texts(fields.get(column, {"text": "txt"})))
+
+
+class _Fields:
+    """What an example of a shard has beside its image."""
+
+    def __init__(self, sample: dict):
+        self.sample, self.json = sample, None
+
+    def get(self, column: str, also: dict[str, str]) -> object:
+        """The file of this extension, or the one that the column also stands for, or a field of `json`; None where
+        there is none. Raises ValueError where the `json` cannot be read."""
+        for extension in (column, also[column]) if column in also else (column,):
+            if extension in self.sample:
+                return self.sample[extension]
+        if self.json is None:
+            try:
+                self.json = json.loads(self.sample["json"]) if "json" in self.sample else {}
+            except ValueError as error:
+                raise ValueError(f"its json cannot be read: {_reason(error)}") from error
+        return self.json.get(column) if isinstance(self.json, dict) else None
 
 
 class _TarStream:
@@ -310,11 +355,12 @@ def _expand(pattern: str) -> list[str]:
 
 
 def _content(examples: list[RawExample]) -> bytes:
-    """What tells these examples from others: ids, labels, and images where they are at hand."""
+    """What tells these examples from others: ids, labels, captions, and images where they are at hand."""
     lines = []
     for raw in examples:
         image = raw.image if isinstance(raw.image, bytes) else b""
-        lines.append(f"{raw.id}\0{raw.label}\0{hashlib.sha256(image).hexdigest()}\n")
+        texts = "".join(f"\0{text}" for text in (*raw.captions, *raw.rewritten))
+        lines.append(f"{raw.id}\0{raw.label}\0{hashlib.sha256(image).hexdigest()}{texts}\n")
     return "".join(lines).encode()
 
 
@@ -343,8 +389,10 @@ class HubStream(StreamSource):
             columns = dataset.column_names or list(next(iter(dataset)))
         except Exception as error:  # `datasets` raises a dozen unrelated types for a name it cannot open
             raise InputError(f"--dataset_name {name}: `datasets` cannot stream it ({in_one_line(error)}).") from error
-        for option in ("image_column", "label_column", "id_column"):
-            column = getattr(args, option)
+        # Of captions only some scripts' arguments speak.
+        options = ("image_column", "label_column", "id_column", "caption_column", "rewritten_caption_column")
+        for option in options:
+            column = getattr(args, option, None)
             require(
                 column is None or column in columns,
                 f"--{option} {column}: the dataset {name} has the columns {', '.join(columns)}"
@@ -355,10 +403,12 @@ class HubStream(StreamSource):
             isinstance(features.get(args.image_column), datasets.Image),
             f"--image_column {args.image_column}: this column of {name} holds no images.",
         )
-        self.class_names = _class_names(features[args.label_column], args)
+        self.class_names = [] if args.label_column is None else _class_names(features[args.label_column], args)
         self.title, self.root = name, os.path.abspath(name) if Path(name).is_dir() else None
         self.image_column, self.label_column, self.id_column = args.image_column, args.label_column, args.id_column
-        columns = {self.image_column, self.label_column} | ({self.id_column} if self.id_column else set())
+        self.caption_column = getattr(args, "caption_column", None)
+        self.rewritten_column = getattr(args, "rewritten_caption_column", None)
+        columns = {getattr(args, option, None) for option in options} - {None}
         # Decoded here and not by `datasets`, so that a broken image does not end the stream.
         dataset = dataset.cast_column(self.image_column, datasets.Image(decode=False))
         self.dataset = dataset.select_columns(sorted(columns))
@@ -404,7 +454,19 @@ class HubStream(StreamSource):
         stable = path if self.id_column is None else row[self.id_column]
         name = f"{place} ({path})" if path else place
         image = entry.get("bytes") if entry.get("bytes") is not None else entry.get("path")
-        return RawExample(name, None if stable is None else str(stable), image, row[self.label_column])
+        label = None if self.label_column is None else row[self.label_column]
+        problem, captions, rewritten = None, (), ()
+        try:
+            captions, rewritten = self._texts(row, self.caption_column), self._texts(row, self.rewritten_column)
+            if self.caption_column is not None and not any(captions):
+                problem = "it has no caption"
+        except ValueError as error:
+            problem = str(error)
+        return RawExample(name, None if stable is None else str(stable), image, label, problem, captions, rewritten)
+
+    @staticmethod
+    def _texts(row: dict, column: str | None) -> tuple[str, ...]:
+        return () if column is None else tuple(stored_texts(row[column]))
 
 
 def _class_names(feature: object, args: StreamArguments) -> list[str]:
@@ -434,8 +496,9 @@ def open_stream(args: StreamArguments) -> StreamSource:
     """
     if args.train_shards is None:
         return HubStream(args)
-    class_names = read_class_names("--class_names", args.class_names)
-    return WebDatasetShards(args.train_shards, class_names, args.image_column, args.label_column)
+    class_names = [] if args.class_names is None else read_class_names("--class_names", args.class_names)
+    captions = (getattr(args, name, None) for name in ("caption_column", "rewritten_caption_column"))
+    return WebDatasetShards(args.train_shards, class_names, args.image_column, args.label_column, *captions)
 
 
 def require_ids(source: StreamSource, flags: str) -> None:

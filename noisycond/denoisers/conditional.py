@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from noisycond import perturbation
+from noisycond.denoisers.text import TextEmbedding
 from noisycond.perturbation import ConditionEmbeddingPerturbation
 
 
@@ -67,10 +68,12 @@ class ConditionalDenoiser(nn.Module):
     """Encodes the condition, perturbs the embedding (CEP) and denoises.
 
     Args:
-        encoder: `encoder(condition, keys) → embedding [B, ..., D]`, with `is_null(condition) → bool [B]`.
+        encoder: `encoder(condition, keys) → embedding [B, ..., D]` or [`TextEmbedding`], with
+            `is_null(condition) → bool [B]`.
         backbone: `backbone(noisy, timesteps, embedding) → prediction`, with `export() → diffusers model` and
             `shard_units`.
-        perturbation: CEP, or None.
+        perturbation: CEP, or None. Of a [`TextEmbedding`] the sequence gets a δ per token, and the pooled embedding
+            one of its own.
         fixed: draw δ from the example's `index` instead of the step's keys, so an example always gets the same one.
         perturb_null: whether the null embedding is perturbed too.
     """
@@ -86,12 +89,18 @@ class ConditionalDenoiser(nn.Module):
         super().__init__()
         self.encoder, self.backbone, self.perturbation = encoder, backbone, perturbation
         self.fixed, self.perturb_null = fixed, perturb_null
+        self.pooled_perturbation = None
+        if perturbation is not None:
+            self.pooled_perturbation = ConditionEmbeddingPerturbation(
+                perturbation.gamma, perturbation.type, perturbation.seed, purpose=f"{perturbation.purpose}: pooled"
+            )
 
     @property
     def _no_split_modules(self) -> list[str]:
         """The classes of the modules that FSDP gathers one at a time, under the name by which accelerate asks."""
         here = {type(module).__name__ for module in self.modules()}
-        return [name for name in self.backbone.shard_units if name in here]
+        units = (*self.backbone.shard_units, *getattr(self.encoder, "shard_units", ()))
+        return [name for name in units if name in here]
 
     def forward(
         self, noisy: torch.Tensor, timesteps: torch.Tensor, condition: dict, keys: torch.Tensor | None = None
@@ -100,7 +109,9 @@ class ConditionalDenoiser(nn.Module):
 
         Args:
             noisy [B, C, h, w]: noisy latents. timesteps [B]: int64.
-            condition: what the encoder reads (`class_labels` int64 [B]) and, for fixed CEP, `index` int64 [B].
+            condition: what the encoder reads (`class_labels` int64 [B]; tokens, or embeddings of them), for fixed CEP
+                `index` int64 [B], and for a distilled U-Net `guidance` float32 [B, E], see
+                [`noisycond.distillation.guidance_embedding`].
             keys [B]: int64; the perturbation is a pure function of them. None: it draws from its own stream.
 
         Returns:
@@ -108,9 +119,17 @@ class ConditionalDenoiser(nn.Module):
         """
         embedding = self.encoder(condition, keys)
         if self.perturbation is not None:
-            embedding = self.perturbation(
-                embedding,
-                keys=condition["index"] if self.fixed and self.training else keys,
-                where=None if self.perturb_null else ~self.encoder.is_null(condition),
-            )
-        return self.backbone(noisy, timesteps, embedding)
+            keys = condition["index"] if self.fixed and self.training else keys
+            where = None if self.perturb_null else ~self.encoder.is_null(condition)
+            embedding = self._perturbed(embedding, keys, where)
+        guidance = {"guidance": condition["guidance"]} if "guidance" in condition else {}
+        return self.backbone(noisy, timesteps, embedding, **guidance)
+
+    def _perturbed(self, embedding, keys: torch.Tensor | None, where: torch.Tensor | None):
+        if not isinstance(embedding, TextEmbedding):
+            return self.perturbation(embedding, keys, where)
+        pooled = embedding.pooled
+        return embedding._replace(
+            sequence=self.perturbation(embedding.sequence, keys, where),
+            pooled=None if pooled is None else self.pooled_perturbation(pooled, keys, where),
+        )

@@ -28,6 +28,8 @@ class Preset:
         beta_schedule, beta_start, beta_end: as diffusers' schedulers name them.
         latent_channels, factor: of the first stage that the paper trains it with.
         prediction_type: what pretrained weights predict; None leaves the choice.
+        num_train_timesteps: what pretrained weights were trained with; None leaves the choice.
+        text_encoder: the text encoder that a text-conditional denoiser is trained with; None leaves the choice.
     """
 
     config: dict = field(default_factory=dict)
@@ -39,6 +41,8 @@ class Preset:
     latent_channels: int = 4
     factor: int = 8
     prediction_type: str | None = None
+    num_train_timesteps: int | None = None
+    text_encoder: str | None = None
 
 
 def _dit(layers: int, width: int, heads: int, patch_size: int = 2) -> dict:
@@ -77,6 +81,13 @@ PRESETS: dict[str, Preset] = {
     "ldm-4": _ldm((192, 384, 576, 960), dim=512, blocks_per_level=2, attention_heads=1),
     "ldm-mini": _ldm((32, 64, 64), dim=64, blocks_per_level=1, attention_heads=1, norm_num_groups=16),
 }
+# Text-conditional: LDM-4 with a BERT that is trained along (arXiv:2405.20494), and a miniature of ours.
+TEXT_PRESETS: dict[str, Preset] = {
+    "ldm-4-text": replace(
+        _ldm((192, 384, 576, 960), dim=768, blocks_per_level=2, attention_heads=1), text_encoder="bert-base-uncased"
+    ),
+    "ldm-mini-text": replace(PRESETS["ldm-mini"], text_encoder="digits-bert"),
+}
 
 
 @dataclass
@@ -95,21 +106,37 @@ class DenoiserSource:
     id2label: dict[int, str] | None = None
 
 
-def find_denoiser(name: str) -> DenoiserSource:
+def find_text_denoiser(name: str) -> DenoiserSource:
+    """As [`find_denoiser`], of denoisers that attend to text: a text preset, or a U-Net.
+
+    Raises:
+        InputError: none of these, or a denoiser that reads one embedding per example.
+    """
+    source = find_denoiser(name, TEXT_PRESETS)
+    require(
+        source.preset.backbone is UNetBackbone,
+        f"--denoiser {name}: a {source.preset.backbone.model_class.__name__} reads one embedding per example and "
+        f"cannot attend to text; name a {UNetBackbone.model_class.__name__} (in a JSON file as _class_name) or one of "
+        f"{', '.join(TEXT_PRESETS)}.",
+    )
+    return source
+
+
+def find_denoiser(name: str, presets: dict[str, Preset] = PRESETS) -> DenoiserSource:
     """A preset by name, a configuration file (JSON), or a pretrained folder or Hub id of a model or its pipeline.
 
     Raises:
         InputError: none of these, or a configuration this trainer cannot train.
     """
-    if name in PRESETS:
-        return DenoiserSource(PRESETS[name])
+    if name in presets:
+        return DenoiserSource(presets[name])
     if name.endswith(".json"):
         return DenoiserSource(_preset_from_config(name, _read_json(name)))
     looks_like_hub_id = name.count("/") == 1 and not name.startswith((".", "/"))
     if not Path(name).is_dir() and not looks_like_hub_id:
         raise InputError(
-            f"--denoiser {name}: neither a preset ({', '.join(PRESETS)}) nor a JSON file or folder"
-            f"{closest(name, PRESETS)}."
+            f"--denoiser {name}: neither a preset ({', '.join(presets)}) nor a JSON file or folder"
+            f"{closest(name, presets)}."
         )
     for subfolder in (*(backbone.subfolder for backbone in BACKBONES), None):
         options = {} if subfolder is None else {"subfolder": subfolder}

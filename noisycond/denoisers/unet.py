@@ -9,12 +9,13 @@ from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import nn
 
+from noisycond.denoisers.text import TextEmbedding
 from noisycond.errors import require
 from noisycond.pipelines import ClassEmbedder, LDMClassToImagePipeline
 
 
 class UNetBackbone(nn.Module):
-    """A `UNet2DConditionModel` that reads a condition embedding [B, D] or [B, L, D].
+    """A `UNet2DConditionModel` that reads a condition embedding [B, D] or [B, L, D], or a [`TextEmbedding`].
 
     Args:
         config: the arguments of `UNet2DConditionModel`.
@@ -34,6 +35,14 @@ class UNetBackbone(nn.Module):
         super().__init__()
         self.model = UNet2DConditionModel(**config)
         self.initialize()
+
+    @classmethod
+    def around(cls, model: UNet2DConditionModel) -> "UNetBackbone":
+        """A backbone that trains a U-Net as it is."""
+        backbone = cls.__new__(cls)
+        nn.Module.__init__(backbone)
+        backbone.model = model
+        return backbone
 
     @staticmethod
     def check(config: dict, latent_size: int, num_classes: int) -> None:
@@ -63,11 +72,19 @@ class UNetBackbone(nn.Module):
             nn.init.zeros_(module.weight)
             nn.init.zeros_(module.bias)
 
-    def forward(self, noisy: torch.Tensor, timesteps: torch.Tensor, embedding: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self,
+        noisy: torch.Tensor,
+        timesteps: torch.Tensor,
+        embedding: torch.Tensor | TextEmbedding,
+        guidance: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """Noisy latents [B, C, h, w], timesteps int64 [B] and embeddings [B, D] or [B, L, D] to a prediction
-        [B, C, h, w]."""
+        [B, C, h, w]. A distilled U-Net also reads an embedding of the guidance [B, `time_cond_proj_dim`]."""
+        if isinstance(embedding, TextEmbedding):
+            embedding = embedding.sequence  # LDM attends to padding too, and knows no pooled embedding
         context = embedding[:, None] if embedding.dim() == 2 else embedding
-        return self.model(noisy, timesteps, context, return_dict=False)[0]
+        return self.model(noisy, timesteps, context, timestep_cond=guidance, return_dict=False)[0]
 
     def export(self, class_table: torch.Tensor) -> tuple[UNet2DConditionModel, ClassEmbedder]:
         """The model and the class embedder of an [`LDMClassToImagePipeline`] that give the same predictions, in eval
@@ -76,12 +93,21 @@ class UNetBackbone(nn.Module):
         Args:
             class_table [K + 1, D]: embeddings of the classes and, last, the null embedding.
         """
+        return self.export_model(), ClassEmbedder.from_table(class_table.detach().float().cpu())
+
+    def export_model(self) -> UNet2DConditionModel:
+        """The U-Net alone, in eval mode and float32 on the CPU, with weights of its own."""
         # Built on the meta device and filled by reference: initializing what is replaced at once takes long.
         with torch.device("meta"):
             model = UNet2DConditionModel(**self.model.config)
         state = {name: value.detach().float().cpu().clone() for name, value in self.model.state_dict().items()}
         model.load_state_dict(state, strict=True, assign=True)
-        return model.eval(), ClassEmbedder.from_table(class_table.detach().float().cpu())
+        return model.eval()
+
+    def load_model(self, folder: str, subfolder: str | None) -> None:
+        """Takes the weights of a pretrained U-Net alone, or in a pipeline, where `subfolder` is given."""
+        at = {} if subfolder is None else {"subfolder": subfolder}
+        self.model.load_state_dict(UNet2DConditionModel.from_pretrained(folder, **at).state_dict())
 
     def load(self, folder: str, subfolder: str | None, num_classes: int) -> torch.Tensor | None:
         """Takes the weights of a pretrained model.
@@ -97,7 +123,7 @@ class UNetBackbone(nn.Module):
             InputError: the embedder knows another number of classes.
         """
         if subfolder is None:
-            self.model.load_state_dict(UNet2DConditionModel.from_pretrained(folder).state_dict())
+            self.load_model(folder, None)
             return None
         pipeline = LDMClassToImagePipeline.from_pretrained(folder, vqvae=None)
         known = pipeline.class_embedder.null_class

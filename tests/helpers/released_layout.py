@@ -7,6 +7,7 @@ import torch
 from diffusers import DDIMScheduler, DiTTransformer2DModel
 from safetensors.torch import load_file, save_file
 from tiny_models import tiny_kl, tiny_unet, tiny_vq
+from tiny_text import tiny_bert, tiny_ldm_bert, tiny_tokenizer
 
 
 OLD_NAMES = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
@@ -50,8 +51,7 @@ def write_ldm(folder: Path, embedder: str = "class_embedder", first_stage: str =
     unet.save_pretrained(folder / "unet")
     vqvae.save_pretrained(folder / first_stage)
     change_json(folder / first_stage / "config.json", scaling_factor=None)
-    betas = (torch.linspace(0.0015**0.5, 0.0195**0.5, 1000, dtype=torch.float64) ** 2).tolist()
-    DDIMScheduler(trained_betas=betas).save_pretrained(folder / "scheduler")
+    _write_scheduler(folder)
     table = {"embedding.weight": torch.randn(11, 12)}
     write_json(folder / embedder / "config.json", {"_class_name": "ClassEmbedder", "embed_dim": 12, "n_classes": 11})
     save_file(table, folder / embedder / "diffusion_pytorch_model.safetensors")
@@ -69,6 +69,37 @@ def write_ldm(folder: Path, embedder: str = "class_embedder", first_stage: str =
         to_bin(folder / embedder, lambda name: "class_embedding.weight")
         to_bin(folder / first_stage, old_attention_name)
         change_json(folder / "unet/config.json", a_key_of_another_version=3, dual_cross_attention=False)
+    return folder
+
+
+def _write_scheduler(folder: Path) -> None:
+    betas = (torch.linspace(0.0015**0.5, 0.0195**0.5, 1000, dtype=torch.float64) ** 2).tolist()
+    DDIMScheduler(trained_betas=betas).save_pretrained(folder / "scheduler")
+
+
+def write_text_ldm(folder: Path, encoder: str = "BertModel") -> Path:
+    """A text-to-image LDM whose first stage is of factor 4: latents 3×8×8, images 32×32.
+
+    Args:
+        encoder: `BertModel` or `LDMBertModel`.
+    """
+    torch.manual_seed(0)
+    bert = tiny_bert() if encoder == "BertModel" else tiny_ldm_bert()
+    parts = {"unet": tiny_unet(), "vqvae": tiny_vq(levels=3), "bert": bert, "tokenizer": tiny_tokenizer()}
+    for name, part in parts.items():
+        part.save_pretrained(folder / name)
+    change_json(folder / "vqvae/config.json", scaling_factor=None)
+    _write_scheduler(folder)
+    index = {
+        "_class_name": "LDMTextToImagePipeline",
+        "_diffusers_version": "0.21.0.dev0",
+        "bert": ["transformers" if encoder == "BertModel" else "latent_diffusion", encoder],
+        "scheduler": ["diffusers", "DDIMScheduler"],
+        "tokenizer": ["transformers", "BertTokenizer"],
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "vqvae": ["diffusers", "VQModel"],
+    }
+    write_json(folder / "model_index.json", index)
     return folder
 
 

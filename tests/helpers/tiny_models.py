@@ -35,12 +35,15 @@ UNET_CONFIG = {
     "norm_num_groups": 8,
 }
 ENDS = ("bos_token_id", "eos_token_id", "pad_token_id")
-_FIRST_STAGE = {
-    "block_out_channels": (8, 8),
-    "down_block_types": ("DownEncoderBlock2D",) * 2,
-    "up_block_types": ("UpDecoderBlock2D",) * 2,
-    "norm_num_groups": 4,
-}
+
+
+def _first_stage(levels: int) -> dict:
+    return {
+        "block_out_channels": (8,) * levels,
+        "down_block_types": ("DownEncoderBlock2D",) * levels,
+        "up_block_types": ("UpDecoderBlock2D",) * levels,
+        "norm_num_groups": 4,
+    }
 
 
 def tiny_unet(**options) -> UNet2DConditionModel:
@@ -53,21 +56,20 @@ def tiny_unet(**options) -> UNet2DConditionModel:
         layers_per_block=1,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=12,
         attention_head_dim=2,
         norm_num_groups=4,
-        **options,
+        **{"cross_attention_dim": 12, **options},
     )
 
 
-def tiny_vq(**options) -> VQModel:
-    """A VQ first stage of factor 2 with 16 codes of 3 numbers."""
-    return VQModel(**_FIRST_STAGE, num_vq_embeddings=16, **options)
+def tiny_vq(levels: int = 2, **options) -> VQModel:
+    """A VQ first stage of factor 2^(levels - 1) with 16 codes of 3 numbers."""
+    return VQModel(**_first_stage(levels), num_vq_embeddings=16, **options)
 
 
-def tiny_kl(latent_channels: int) -> AutoencoderKL:
-    """A KL first stage of factor 2."""
-    return AutoencoderKL(**_FIRST_STAGE, latent_channels=latent_channels)
+def tiny_kl(latent_channels: int, levels: int = 2) -> AutoencoderKL:
+    """A KL first stage of factor 2^(levels - 1)."""
+    return AutoencoderKL(**_first_stage(levels), latent_channels=latent_channels)
 
 
 def letters_tokenizer(folder: Path, longest: int = 16) -> CLIPTokenizer:
@@ -86,6 +88,7 @@ def tiny_text_pipeline(folder: Path, kind: type = StableDiffusionPipeline) -> Pa
     Args:
         kind: `StableDiffusionPipeline`, or `LatentConsistencyModelPipeline`, whose U-Net takes the guidance scale.
     """
+    torch.manual_seed(0)
     is_consistency = kind is LatentConsistencyModelPipeline
     folder.mkdir(parents=True)
     tokenizer = letters_tokenizer(folder, 64)
@@ -107,7 +110,7 @@ def tiny_text_pipeline(folder: Path, kind: type = StableDiffusionPipeline) -> Pa
     generator = torch.Generator().manual_seed(0)
     for model in (pipeline.unet, pipeline.text_encoder):
         for name, parameter in model.named_parameters():  # at the start a U-Net hardly heeds its condition
-            is_of_condition = model is pipeline.text_encoder or "attn2" in name or "cond_proj" in name
+            is_of_condition = model is pipeline.text_encoder or "attn2" in name or "time_embedding" in name
             std = 1.5 if is_of_condition else 0.3
             torch.nn.init.normal_(parameter, std=std, generator=generator)
     pipeline.save_pretrained(folder)

@@ -4,15 +4,18 @@ import logging
 
 import numpy as np
 import pytest
+import text_pipelines
 import torch
 from diffusers import LatentConsistencyModelPipeline, StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
 from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
+from released_layout import write_text_ldm
 from tiny_models import tiny_text_pipeline
 from transformers import CLIPConfig, CLIPImageProcessor
 
 from noisycond import sampling
 from noisycond.errors import InputError
 from noisycond.evaluation.figures import circular_walk
+from noisycond.pipelines import LDMTextToImagePipeline
 
 
 SETTINGS = {"seed": 0, "guidance_scale": 2.0, "num_inference_steps": 2}
@@ -117,3 +120,28 @@ def test_half_precision_noise(folders):
     noise = torch.zeros(1, 3, 8, 8)
     images = sampling.sample_from_noise(pipeline, ["a"], noise, guidance_scale=2.0, num_inference_steps=1)
     assert images[0].size == (16, 16)
+
+
+def test_a_released_text_to_image_folder_is_opened_by_our_class_and_gives_full_size(tmp_path):
+    folder = write_text_ldm(tmp_path / "released")
+    pipeline = sampling.open_pipeline(str(folder))
+    assert type(pipeline) is LDMTextToImagePipeline and sampling.takes_prompts(pipeline)
+    side = sampling.image_size(pipeline)
+    assert side == pipeline.unet.config.sample_size * 2 ** (len(pipeline.vqvae.config.block_out_channels) - 1)
+    assert sampling.sample(pipeline, ["a dog"], [0], **SETTINGS)[0].size == (side, side)
+    walk = arrays(circular_walk(pipeline, "a dog", positions=2, guidance_scale=2.0, num_inference_steps=2))
+    assert np.abs(walk[0] - walk[1]).mean() > 1
+
+
+@pytest.mark.parametrize("kind", text_pipelines.FAMILIES)
+def test_every_family_is_drawn_from_at_its_own_size_with_any_scheduler(kind, tmp_path):
+    text_pipelines.make(kind).save_pretrained(tmp_path / kind)
+    pipeline = sampling.open_pipeline(str(tmp_path / kind))
+    assert sampling.image_size(pipeline) == 16
+    images = arrays(sampling.sample(pipeline, ["a dog", "a cat"], [0, 1], **SETTINGS))
+    assert images.shape == (2, 16, 16, 3) and np.abs(images[0] - images[1]).mean() > 1
+    walk = arrays(circular_walk(pipeline, "a dog", positions=2, guidance_scale=2.0, num_inference_steps=2))
+    assert walk.shape == images.shape and np.abs(walk[0] - walk[1]).mean() > 1
+    sampling.set_scheduler(pipeline, "DPMSolverMultistepScheduler" if kind != "pixart" else "DDIMScheduler")
+    other = arrays(sampling.sample(pipeline, ["a dog", "a cat"], [0, 1], **SETTINGS | {"num_inference_steps": 3}))
+    assert other.shape == images.shape

@@ -1,0 +1,457 @@
+"""Captions of a dataset: which one an example trains with in an epoch, after corruption, and whether it is still true.
+
+Letters: N examples, C captions of all of them, B examples in a batch, L the length of a text.
+"""
+
+import dataclasses
+import hashlib
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+from tqdm import tqdm
+
+from noisycond import randomness
+from noisycond.captions import (
+    MASK_WORD,
+    Caption,
+    CaptionCorruption,
+    other_examples,
+    swap_partners,
+    window_partners,
+)
+from noisycond.data.batches import collate
+from noisycond.data.caption_options import CaptionCorruptionArguments
+from noisycond.data.folder_index import Names
+from noisycond.data.rewriting import read_rewritings
+from noisycond.data.sources import ImageSource, Subset
+from noisycond.data.streams import Broken, RawExample, StreamSource, stable_key
+from noisycond.errors import InputError, is_main_process, require
+from noisycond.randomness import Purpose
+
+
+logger = logging.getLogger(__name__)
+Encode = Callable[[list[str]], dict[str, torch.Tensor]]
+SHOWN = 3  # examples that a message names
+
+
+class Texts(Names):
+    """C texts in one array of bytes; see [`noisycond.data.folder_index.Names`]."""
+
+    def __init__(self, texts: Sequence[str]):
+        encoded = [text.encode("utf-8") for text in texts]
+        ends = np.cumsum([len(text) for text in encoded], dtype=np.int64)
+        super().__init__(np.frombuffer(b"".join(encoded), dtype=np.uint8), ends)
+
+    def decoded(self, text: bytes) -> str:
+        return text.decode("utf-8")
+
+    def update(self, content) -> None:
+        """Adds what tells these texts from others to a hash."""
+        content.update(self.ends.tobytes() + self.content.tobytes())
+
+
+def corruption_of(args, mask_word: str = MASK_WORD) -> CaptionCorruption:
+    """The corruption that the flags ask for; none for arguments without such flags."""
+    if not isinstance(args, CaptionCorruptionArguments):
+        return CaptionCorruption(seed=args.seed)
+    return CaptionCorruption(
+        ratio=args.corruption_ratio,
+        type=args.corruption_type,
+        mode=args.corruption_mode,
+        seed=args.seed,
+        token_ratio=args.token_ratio,
+        token_operation=args.token_operation,
+        mask_word=mask_word,
+    )
+
+
+def _changed(text: str, new: str) -> Caption:
+    return Caption(new, is_corrupted=new != text)
+
+
+class Captions:
+    """The captions of a map-style dataset. What an example gets depends on (seed, index, epoch) alone.
+
+    Args:
+        captions: N lists of texts, at least one in each; of several, one is drawn anew every epoch.
+        corruption: how captions are corrupted.
+        labels [N]: int64, by which swapped captions that are still true are told; None leaves it to equal texts.
+        rewritten: for `llm`, the rewriting of each caption, in lists like `captions`, or a mapping from texts. May be
+            given later, see [`take_rewritings`].
+    """
+
+    def __init__(
+        self,
+        captions: Sequence[Sequence[str]],
+        corruption: CaptionCorruption,
+        labels: np.ndarray | None = None,
+        rewritten: Sequence[Sequence[str]] | Mapping[str, str] | None = None,
+    ):
+        self.corruption, self.labels = corruption, labels
+        self.counts = torch.tensor([len(own) for own in captions], dtype=torch.int64)
+        self.first = torch.cumsum(self.counts, 0) - self.counts
+        self.texts = Texts([text for own in captions for text in own])
+        self.rewritten: Texts | Mapping[str, str] | None = None
+        if isinstance(rewritten, Mapping):
+            self.take_rewritings(rewritten)
+        elif rewritten is not None:
+            self.rewritten = Texts([text for own in rewritten for text in own])
+        self.partners: dict[int, torch.Tensor] = {}
+
+    def __len__(self) -> int:
+        return len(self.counts)
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of the captions and of what they are rewritten to."""
+        content = hashlib.sha256(self.counts.numpy().tobytes())
+        self.texts.update(content)
+        for number in range(len(self.texts)) if self.rewritten is not None else ():
+            content.update(f"\0{self._rewriting(number)}".encode())
+        return content.hexdigest()
+
+    def take_rewritings(self, rewritten: Mapping[str, str]) -> None:
+        """Takes what texts are rewritten to. One that is missing, empty or the text itself leaves a caption as it
+        is."""
+        self.rewritten = rewritten
+
+    def _rewriting(self, number: int) -> str | None:
+        if isinstance(self.rewritten, Texts):
+            return self.rewritten[number] or None
+        return (self.rewritten or {}).get(self.texts[number]) or None
+
+    def use(self, index: int, epoch: int) -> Caption:
+        """The caption of one example in this epoch."""
+        return self.use_all(torch.tensor([index]), torch.tensor([epoch]))[0]
+
+    def use_all(self, index: torch.Tensor, epoch: torch.Tensor) -> list[Caption]:
+        """The captions of examples, int64 [B], each in its epoch, int64 [B]: B captions."""
+        corruption = self.corruption
+        own = self._drawn(index, epoch)
+        if corruption.ratio == 0:
+            return [Caption(self.texts[number]) for number in own]
+        if corruption.type == "swap":
+            return self._swapped(index, epoch, own)
+        chosen = corruption.chosen(index, epoch).tolist()
+        captions = [Caption(self.texts[number]) for number in own]
+        for place, (key, time) in enumerate(zip(index.tolist(), epoch.tolist(), strict=True)):
+            if chosen[place]:
+                captions[place] = self._corrupted(key, own[place], time)
+        return captions
+
+    def true_texts(self, index: torch.Tensor, epoch: torch.Tensor) -> list[str]:
+        """The examples' own captions of an epoch; arguments as in [`use_all`]."""
+        return [self.texts[number] for number in self._drawn(index, epoch)]
+
+    def _drawn(self, index: torch.Tensor, epoch: torch.Tensor | int) -> list[int]:
+        """The numbers of the captions that are drawn for examples, int64 [B], in an epoch: B of 0 to C - 1."""
+        if len(self.texts) == len(self):
+            return index.tolist()
+        seed, counts = self.corruption.seed, self.counts[index]
+        places = randomness.randint(seed, Purpose.CAPTION_CHOICE, index, counts, epoch)
+        return (self.first[index] + places).tolist()
+
+    def _partners(self, epoch: int) -> torch.Tensor:
+        epoch = self.corruption.epochs(epoch)
+        if epoch not in self.partners:  # a batch may lie in two epochs
+            kept = dict(list(self.partners.items())[-1:])
+            self.partners = kept | {
+                epoch: swap_partners(len(self), self.corruption.ratio, self.corruption.seed, epoch)
+            }
+        return self.partners[epoch]
+
+    def _swapped(self, index: torch.Tensor, epoch: torch.Tensor, own: list[int]) -> list[Caption]:
+        partners = torch.empty_like(index)
+        for time in epoch.unique().tolist():
+            here = epoch == time
+            partners[here] = self._partners(time)[index[here]]
+        told = self._drawn(partners, epoch)  # by the partner's own key: what it gives away is what it would have had
+        return [
+            self._swap(key, partner, self.texts[mine], self.texts[theirs])
+            for key, partner, mine, theirs in zip(index.tolist(), partners.tolist(), own, told, strict=True)
+        ]
+
+    def _swap(self, index: int, partner: int, mine: str, theirs: str) -> Caption:
+        if partner == index:
+            return Caption(mine)
+        same_class = self.labels is not None and self.labels[index] == self.labels[partner]
+        return Caption(theirs, True, bool(same_class) or mine == theirs)
+
+    def _corrupted(self, index: int, number: int, epoch: int) -> Caption:
+        """What `token`, `shuffle` or `llm` make of a chosen example's caption of this number."""
+        corruption, text = self.corruption, self.texts[number]
+        if corruption.type == "llm":
+            return _changed(text, self._rewriting(number) or text)
+        epoch = corruption.epochs(epoch)
+        others = other_examples(len(self), index, key=index, seed=corruption.seed, epoch=epoch)
+        pool = [self.texts[other] for other in self._drawn(torch.tensor(others, dtype=torch.int64), epoch)]
+        return _changed(text, corruption.changed(text, pool, index, epoch))
+
+    def _candidates(self) -> np.ndarray:
+        """The examples that `token`, `shuffle` and `llm` corrupt in any epoch, in order: int64."""
+        everyone = torch.arange(len(self))
+        if self.corruption.ratio == 0 or self.corruption.type == "swap":
+            return everyone[:0].numpy()
+        if self.corruption.mode == "random":
+            return everyone.numpy()
+        return everyone[self.corruption.chosen(everyone)].numpy()
+
+    def _numbers_of(self, examples: np.ndarray) -> Iterator[tuple[int, int]]:
+        """These examples' captions: (index, number of the caption)."""
+        for index in examples.tolist():
+            for place in range(int(self.counts[index])):
+                yield index, int(self.first[index]) + place
+
+    def all_texts(self) -> list[str]:
+        """Every text that can come up in any epoch, each once, in a fixed order.
+
+        Raises:
+            InputError: there is no end of them: words are drawn anew every epoch.
+        """
+        corruption, candidates = self.corruption, self._candidates()
+        require(
+            not (corruption.changes_words and corruption.mode == "random"),
+            f"--corruption_type {corruption.type} with --corruption_mode random makes new captions every epoch, so "
+            "that their embeddings cannot be cached; say --corruption_mode fixed, or leave --cache_text_embeddings "
+            "off.",
+        )
+        always = np.setdiff1d(np.arange(len(self)), candidates) if corruption.mode == "fixed" else np.arange(len(self))
+        texts = {self.texts[number]: None for _, number in self._numbers_of(always)}
+        bar = {"desc": "corrupting captions", "unit": "caption", "delay": 2, "disable": not is_main_process()}
+        for index, number in tqdm(self._numbers_of(candidates), **bar):
+            texts[self._corrupted(index, number, 0).text] = None
+        return list(texts)
+
+    def texts_to_rewrite(self) -> list[str]:
+        """The captions that `llm` may replace, each once, in order: those of the chosen examples, or with `random` of
+        all."""
+        return list({self.texts[number]: None for _, number in self._numbers_of(self._candidates())})
+
+    def require_rewritings(self, where: str, name: Callable[[int], str]) -> None:
+        """Raises InputError where captions that may be corrupted have no rewriting; names this flag, their count and
+        one of them."""
+        missing = [
+            (index, number) for index, number in self._numbers_of(self._candidates()) if not self._rewriting(number)
+        ]
+        if missing:
+            index, number = missing[0]
+            raise InputError(
+                f"{where}: {len(missing)} captions that are chosen for corruption have no rewriting, for example "
+                f"{self.texts[number]!r} of {name(index)}; add them, or lower --corruption_ratio."
+            )
+
+
+def open_captions(args, source: ImageSource, mask_word: str = MASK_WORD) -> tuple[ImageSource, Captions, list[str]]:
+    """The captions of a source, as the flags say.
+
+    Returns:
+        The source without the examples that have no caption, the captions of those that are left, and the names of
+        those that are not.
+
+    Raises:
+        InputError: no such column, no text in it, no example with a caption, a file of rewritings that cannot be read,
+            or captions that are chosen for corruption and have no rewriting.
+    """
+    captions, rewritten = source.captions(args.caption_column), None
+    column = getattr(args, "rewritten_caption_column", None)
+    if column is not None:
+        rewritten = source.captions(column, "--rewritten_caption_column")
+        rewritten = [_paired(own, theirs) for own, theirs in zip(captions, rewritten, strict=True)]
+    kept = np.flatnonzero([any(own) for own in captions])
+    require(
+        len(kept),
+        f"--caption_column {args.caption_column}: none of the {len(captions)} examples has a caption.",
+    )
+    missing = [source.name(int(index)) for index in np.setdiff1d(np.arange(len(captions)), kept)]
+    if missing:
+        source = Subset(source, kept)
+    if rewritten is not None:
+        # Before empty captions go, whose rewritings go with them.
+        rewritten = [
+            [new for old, new in zip(captions[index], rewritten[index], strict=True) if old] for index in kept
+        ]
+    elif getattr(args, "rewritten_captions", None) is not None:
+        rewritten = read_rewritings(args.rewritten_captions)
+    captions = [[text for text in captions[index] if text] for index in kept]
+    labels = source.labels if source.class_names else None
+    made = Captions(captions, corruption_of(args, mask_word), labels, rewritten)
+    if rewritten is not None:
+        flag = f"--rewritten_caption_column {column}" if column else f"--rewritten_captions {args.rewritten_captions}"
+        made.require_rewritings(flag, source.name)
+    return source, made, missing
+
+
+def _paired(captions: Sequence[str], rewritten: Sequence[str]) -> list[str]:
+    """The rewriting of each caption: one for all, or as many as there are captions; else none."""
+    if len(rewritten) == 1:
+        return list(rewritten) * len(captions)
+    return list(rewritten) if len(rewritten) == len(captions) else [""] * len(captions)
+
+
+class StreamCaptions:
+    """Draws and corrupts the captions of a stream while it is read, within windows of consecutive examples of one
+    shard, so that what an example gets depends on (seed, shard, place in it, epoch) alone: not on the processes, on
+    where the reading began, or on ids.
+
+    `swap` keeps the captions of a window together. An image that cannot be decoded is found too late to leave its
+    caption out.
+
+    Args:
+        corruption: how captions are corrupted. window: consecutive examples that are looked at together.
+        rewritten: for `llm`, what texts are rewritten to; None: it stands with the examples.
+        where: what a message calls the place of the rewritings.
+    """
+
+    def __init__(
+        self,
+        corruption: CaptionCorruption,
+        window: int,
+        rewritten: Mapping[str, str] | None = None,
+        where: str = "",
+    ):
+        self.corruption, self.window, self.rewritten, self.where = corruption, window, rewritten, where
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of the window's size and of what texts are rewritten to."""
+        content = hashlib.sha256(f"{self.window}".encode())
+        for pair in sorted((self.rewritten or {}).items()):
+            content.update("\0".join(pair).encode() + b"\n")
+        return content.hexdigest()
+
+    def __call__(self, items: Iterator[RawExample | Broken], shard: str, epoch: int) -> Iterator[RawExample | Broken]:
+        """The items of a shard of this name, in their order, examples with the caption of this epoch."""
+        window: list[RawExample | Broken] = []
+        with closing(items):
+            number = 0
+            for item in items:
+                window.append(item)
+                if len(window) == self.window:
+                    yield from self._told(window, shard, number, epoch)
+                    window, number = [], number + 1
+            yield from self._told(window, shard, number, epoch)
+
+    def _told(
+        self, window: list[RawExample | Broken], shard: str, number: int, epoch: int
+    ) -> list[RawExample | Broken]:
+        corruption, told = self.corruption, list(window)
+        sound = [
+            place
+            for place, item in enumerate(window)
+            if isinstance(item, RawExample) and item.problem is None and any(item.captions)
+        ]
+        if not sound:
+            return told
+        keys = torch.tensor([stable_key(f"{shard}/{number * self.window + place}") for place in sound])
+        examples = [window[place] for place in sound]
+        places = [self._drawn(raw, key, epoch) for raw, key in zip(examples, keys, strict=True)]
+        texts = [raw.captions[place] for raw, place in zip(examples, places, strict=True)]
+        captions = [Caption(text) for text in texts]
+        if corruption.ratio > 0 and corruption.type == "swap":
+            captions = self._swapped(examples, texts, shard, number, epoch)
+        elif corruption.ratio > 0:
+            for place in torch.nonzero(corruption.chosen(keys, epoch)).flatten().tolist():
+                captions[place] = self._corrupted(examples, keys, place, places[place], epoch)
+        for place, raw, caption in zip(sound, examples, captions, strict=True):
+            if caption is None:
+                told[place] = replace(
+                    raw, problem=f"its caption is to be corrupted, but has no rewriting {self.where}"
+                )
+            else:
+                told[place] = replace(raw, caption=caption)
+        return told
+
+    def _drawn(self, raw: RawExample, key: torch.Tensor, epoch: int) -> int:
+        places = [place for place, text in enumerate(raw.captions) if text]
+        if len(places) == 1:
+            return places[0]
+        drawn = randomness.randint(self.corruption.seed, Purpose.CAPTION_CHOICE, key[None], len(places), epoch)
+        return places[int(drawn)]
+
+    def _swapped(
+        self, examples: list[RawExample], texts: list[str], shard: str, number: int, epoch: int
+    ) -> list[Caption]:
+        corruption = self.corruption
+        partners = window_partners(
+            len(texts), corruption.ratio, corruption.seed, shard, number, corruption.epochs(epoch)
+        )
+        captions = [Caption(text) for text in texts]
+        for place, partner in enumerate(partners.tolist()):
+            if partner != place:
+                label, other = examples[place].label, examples[partner].label
+                same = texts[place] == texts[partner] or (label is not None and label == other)
+                captions[place] = Caption(texts[partner], True, same)
+        return captions
+
+    def _corrupted(self, examples: list[RawExample], own: int, drawn: int, key: int, epoch: int) -> Caption | None:
+        """What `token`, `shuffle` or `llm` make of an example's drawn caption; None where its rewriting is missing."""
+        corruption, raw, text = self.corruption, examples[own], examples[own].captions[drawn]
+        if corruption.type == "llm":
+            if self.rewritten is not None:
+                new = self.rewritten.get(text)
+            else:
+                new = _paired(raw.captions, raw.rewritten)[drawn]
+            return _changed(text, new) if new else None
+        epoch, key = corruption.epochs(epoch), int(keys[own])
+        others = other_examples(len(examples), own, key=key, seed=corruption.seed, epoch=epoch)
+        pool = [examples[other].captions[self._drawn(examples[other], keys[other], epoch)] for other in others]
+        return _changed(text, corruption.changed(text, pool, key, epoch))
+
+
+def caption_stream(args, source: StreamSource, mask_word: str = MASK_WORD) -> StreamCaptions:
+    """Makes a stream draw and corrupt its captions, as the flags say.
+
+    Raises:
+        InputError: the file of rewritings cannot be read.
+    """
+    rewritten, where = None, f"in the column {getattr(args, 'rewritten_caption_column', None)}"
+    if getattr(args, "rewritten_captions", None) is not None:
+        rewritten, where = read_rewritings(args.rewritten_captions), f"in {args.rewritten_captions}"
+    source.captioning = StreamCaptions(corruption_of(args, mask_word), args.shuffle_buffer_size, rewritten, where)
+    return source.captioning
+
+
+def encoded(encode: Encode, captions: Sequence[Caption]) -> dict[str, torch.Tensor]:
+    """What a text encoder needs of B captions, and `caption_flags` int64 [B, 2]: 1 where a caption is corrupted, and
+    where it is corrupted but still true."""
+    flags = [[caption.is_corrupted, caption.is_still_true] for caption in captions]
+    texts = encode([caption.text for caption in captions])
+    return texts | {"caption_flags": torch.tensor(flags, dtype=torch.int64)}
+
+
+class Captioned(Dataset):
+    """Training examples with what a text encoder needs of their captions, and `caption_flags`; see [`encoded`].
+
+    Args:
+        dataset: [`noisycond.data.images.LabelledImages`] or [`noisycond.data.latent_cache.CachedLatents`].
+        captions: of the same examples. A caption belongs to the image that is there in the end: what stands in for an
+            unreadable one brings its own.
+        encode: B texts to tensors [B, …] on the CPU, of one shape whatever the texts.
+    """
+
+    def __init__(self, dataset: Dataset, captions: Captions, encode: Encode):
+        self.dataset, self.captions, self.encode = dataset, captions, encode
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, item: tuple[int, int, int]) -> dict:
+        example = self.dataset[item]
+        caption = self.captions.use(int(example["index"]), int(example["epoch"]))
+        return example | {name: value[0] for name, value in encoded(self.encode, [caption]).items()}
+
+    def __getitems__(self, items: list[tuple[int, int, int]]) -> dict:
+        """A whole batch at once, as torch's data loader asks for it."""
+        whole = getattr(self.dataset, "__getitems__", None)
+        batch = collate(whole(items) if whole else [self.dataset[item] for item in items])
+        return batch | encoded(self.encode, self.captions.use_all(batch["index"], batch["epoch"]))
+
+
+def caption_facts(captions: Captions | StreamCaptions) -> dict:
+    """What a resumed run must share, as JSON values."""
+    return {"captions": captions.fingerprint, "caption_corruption": dataclasses.asdict(captions.corruption)}
