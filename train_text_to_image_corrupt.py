@@ -8,6 +8,7 @@ accelerate launch train_text_to_image_corrupt.py --pretrained_model_name_or_path
     --dataset_name DATASET --corruption_ratio 0.025
 """
 
+import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,8 +31,8 @@ try:
     from noisycond.data.caption_options import CaptionCorruptionArguments, CaptionDataArguments
     from noisycond.data.corruption_map import save_caption_map
     from noisycond.data.opening import open_batches, open_training_data
+    from noisycond.data.rewriting import rewrite_captions, rewritings_file
     from noisycond.data.streams import require_ids
-    from noisycond.data.text_cache import open_text_cache
     from noisycond.denoisers.text_options import TextModelArguments
     from noisycond.errors import one_sentence_errors, require
     from noisycond.evaluation.in_training import TextEvaluationArguments, TrainingEvaluation, evaluation_prompts
@@ -43,10 +44,12 @@ try:
     from noisycond.text_conditional import (
         PromptGridArguments,
         build,
+        cache_texts,
         draw_samples,
         export,
         frozen_fingerprint,
         grid_prompts,
+        mask_word_of,
         open_text_model,
         peek_text_model,
         text_conditions,
@@ -125,10 +128,11 @@ def main(argv: list[str] | None = None) -> None:
     model = open_text_model(args)
     first_stage = model.first_stage
     objective, noise_schedule = build_objective(args, model.name, model.preset)
-    data = open_training_data(args, mask_word=model.text.mask_word if hasattr(model.text, "mask_word") else "[MASK]")
+    data = open_training_data(args, mask_word=mask_word_of(model.text))
     if args.streaming and args.cep_gamma > 0 and args.cep_mode == "fixed":
         require_ids(data.source, "--cep_mode fixed")
     prompts = grid_prompts(args, data)
+    rewrite_captions(args, data, rewritings_file(args, data), accelerator)
     denoiser = build(args, model)
     if args.enable_xformers_memory_efficient_attention:
         hardware.enable_xformers(denoiser.backbone.model)
@@ -146,11 +150,15 @@ def main(argv: list[str] | None = None) -> None:
         "frozen": frozen_fingerprint(denoiser),
     }
     first_stage.to(accelerator.device)
-    texts = open_text_cache(args, data.captions, model.text, accelerator) if args.cache_text_embeddings else model.text
+    texts = cache_texts(args, data, denoiser, accelerator) if args.cache_text_embeddings else model.text
     batches = open_batches(args, data, accelerator, first_stage, texts.encode)
     facts |= trainer.facts(args, batches)
     on_main(accelerator, lambda: checkpoints.check_space(args, denoiser))
     resume_from = claim(run, args, facts, Path(__file__).name, accelerator)  # from here on the folder is this run's
+    if args.caption_rewriter is not None:
+        on_main(
+            accelerator, lambda: shutil.copyfile(rewritings_file(args, data), run.path / "rewritten_captions.jsonl")
+        )
     if args.save_corruption_map:
         on_main(accelerator, lambda: save_caption_map(data.captions, run.path / "corruption_map.csv"))
     trainer.announce(args, accelerator, data.images, denoiser, batches)

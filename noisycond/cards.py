@@ -34,14 +34,11 @@ image = pipeline({condition}, {call}).images[0]
 """
 
 
-def lora_loading_code(pipeline, base: str, location: str | Path, condition: str) -> str:
-    """How to load LoRA weights from a folder or Hub id onto the pipeline `base` that they were trained on, and draw an
-    image; see [`loading_code`]."""
+def lora_loading_code(pipeline, base: str, load: str, condition: str) -> str:
+    """How to load LoRA weights onto the pipeline `base` that they were trained on, and draw an image; `load` is the
+    code that loads them, see [`loading_code`]."""
     lines = loading_code(pipeline, base, condition=condition).splitlines(keepends=True)
-    model = "transformer" if hasattr(pipeline, "transformer") else "unet"
-    by_pipeline = hasattr(pipeline, "load_lora_weights")
-    load = "load_lora_weights" if by_pipeline else f"{model}.load_lora_adapter"
-    return "".join([*lines[:-1], f'pipeline.{load}("{location}")\n', lines[-1]])
+    return "".join([*lines[:-1], f"{load}\n", lines[-1]])
 
 
 def model_card(
@@ -74,27 +71,24 @@ def model_card(
     )
 
 
-def text_to_image_card(pipeline, args, prompts: Sequence[str], result, repo_id: str | None) -> ModelCard:
+def text_to_image_card(pipeline, args, prompts: Sequence[str], result, code: str) -> ModelCard:
     """The card of a text-to-image run, or of the LoRA weights that it trained; see [`class_conditional_card`].
 
     Args:
-        prompts: those of the sample grid, a row each.
+        prompts: those of the sample grid, a row each. code: how to load it from where it is published.
     """
     base, lora = args.pretrained_model_name_or_path, args.use_lora
     settings = _settings(args, result, ("input_perturbation", "embedding_dropout", "snr_gamma"))
     settings |= {"text encoder": "trained along" if args.train_text_encoder else "frozen"}
     if lora:
         settings["LoRA"] = f"rank {args.rank}, alpha {args.lora_alpha or args.rank}"
-    place, condition = repo_id or UNKNOWN_PLACE, f'prompt="{prompts[0]}"'
     kind = "LoRA weights for a text-to-image model" if lora else "A text-to-image latent diffusion model"
     tags = ["text-to-image", *_features(args), f"diffusers:{type(pipeline).__name__}"] + ["lora"] * lora
     return _generator_card(
         _front_matter(tags, "text-to-image", None if base is None else public_name(base)),
         f"# {settings['denoiser']} on {settings['dataset']}\n\n{kind}",
         "samples/final.png",
-        lora_loading_code(pipeline, public_name(base), place, condition)
-        if lora
-        else loading_code(pipeline, place, condition=condition),
+        code,
         "The samples, row by row: " + "; ".join(prompts),
         settings,
     )

@@ -78,7 +78,7 @@ def has_lora(model: ModelMixin) -> bool:
     return ADAPTER in getattr(model, "peft_config", {})
 
 
-def save_lora(pipeline: DiffusionPipeline, denoiser: ConditionalDenoiser, folder: Path | str) -> str:
+def save_lora(pipeline: DiffusionPipeline, denoiser: ConditionalDenoiser, folder: Path | str) -> None:
     """Writes the adapters' weights, float32, as the pipeline's or the model's own method reads them:
 
     - `pytorch_lora_weights.safetensors` for `load_lora_weights` of the pipeline (Stable Diffusion);
@@ -87,30 +87,39 @@ def save_lora(pipeline: DiffusionPipeline, denoiser: ConditionalDenoiser, folder
 
     Args:
         pipeline: of the class that they are for. folder: may hold other files.
-
-    Returns:
-        Code that loads them from that folder into such a `pipeline`.
     """
     from peft.utils import get_peft_model_state_dict
 
     model = denoiser.backbone.model
-    slot = next(name for name in ("unet", "transformer") if hasattr(pipeline, name))
     layers = get_peft_model_state_dict(model, adapter_name=ADAPTER)
     layers = {name: value.detach().to("cpu", torch.float32).contiguous() for name, value in layers.items()}
     if hasattr(pipeline, "load_lora_weights"):
+        slot = _slot(pipeline)
         metadata = {f"{slot}_lora_adapter_metadata": model.peft_config[ADAPTER].to_dict()}
         pipeline.save_lora_weights(str(folder), weight_name=WEIGHTS, **{f"{slot}_lora_layers": layers}, **metadata)
-        return f'pipeline.load_lora_weights("{folder}")'
-    if hasattr(model, "load_lora_adapter"):
+    elif hasattr(model, "load_lora_adapter"):
         model.save_lora_adapter(str(folder), ADAPTER, weight_name=WEIGHTS)
-        return f'pipeline.{slot}.load_lora_adapter("{folder}", prefix=None, weight_name="{WEIGHTS}")'
-    model.peft_config[ADAPTER].save_pretrained(str(folder))
-    layers = {f"base_model.model.{name}": value for name, value in layers.items()}  # as peft names a wrapped model's
-    save_file(layers, Path(folder) / "adapter_model.safetensors", metadata={"format": "pt"})
+    else:
+        model.peft_config[ADAPTER].save_pretrained(str(folder))
+        layers = {f"base_model.model.{name}": value for name, value in layers.items()}  # as peft names a wrapped one's
+        save_file(layers, Path(folder) / "adapter_model.safetensors", metadata={"format": "pt"})
+
+
+def how_to_load(pipeline: DiffusionPipeline, location: Path | str) -> str:
+    """Code that loads what [`save_lora`] wrote, from a folder or Hub id, into such a `pipeline`."""
+    slot = _slot(pipeline)
+    if hasattr(pipeline, "load_lora_weights"):
+        return f'pipeline.load_lora_weights("{location}")'
+    if hasattr(getattr(pipeline, slot), "load_lora_adapter"):
+        return f'pipeline.{slot}.load_lora_adapter("{location}", prefix=None, weight_name="{WEIGHTS}")'
     return (
         "from peft import PeftModel\n"
-        f'pipeline.{slot} = PeftModel.from_pretrained(pipeline.{slot}, "{folder}").merge_and_unload()'
+        f'pipeline.{slot} = PeftModel.from_pretrained(pipeline.{slot}, "{location}").merge_and_unload()'
     )
+
+
+def _slot(pipeline: DiffusionPipeline) -> str:
+    return next(name for name in ("unet", "transformer") if hasattr(pipeline, name))
 
 
 def _ends(name: str, end: str) -> bool:

@@ -45,6 +45,8 @@ MAY_CHANGE = {
     "validation_guidance_scale",
     "validation_inference_steps",
     "validation_images_per_class",
+    "validation_prompts",
+    "num_validation_images",
     "eval_steps",
     "eval_num_images",
     "eval_metrics",
@@ -61,6 +63,7 @@ MAY_CHANGE = {
     "cache_dir",
     "cache_latents",
     "latent_cache_dir",
+    "text_cache_dir",
     "max_bad_images",
     "max_nonfinite_steps",
     "save_corruption_map",
@@ -73,6 +76,9 @@ MAY_CHANGE = {
     "train_shards",
     "class_names",
     "pretrained_vae_model_name_or_path",
+    "pretrained_model_name_or_path",  # configuration and frozen weights are compared
+    "rewritten_captions",  # the rewritings themselves are compared
+    "caption_rewriter",
     "pretrained_teacher_model",  # its weights and configuration are compared
     "teacher_revision",
     "num_classes",  # the classes themselves are compared
@@ -106,6 +112,19 @@ OWNED = (
     "vqvae",
     "scheduler",
     "ldm_class_to_image.py",
+    "bert",
+    "text_encoder",
+    "text_encoder_2",
+    "tokenizer",
+    "tokenizer_2",
+    "safety_checker",
+    "feature_extractor",
+    "image_encoder",
+    "ldm_text_to_image.py",
+    "rewritten_captions.jsonl",
+    "pytorch_lora_weights.safetensors",
+    "adapter_config.json",
+    "adapter_model.safetensors",
     ".export.tmp",
 )
 

@@ -10,15 +10,17 @@ from itertools import islice
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
 from diffusers import DDIMScheduler, DiffusionPipeline
 
 from noisycond import dry_run, randomness
 from noisycond.arguments import ValidationArguments, flag
-from noisycond.captions import CaptionTally
-from noisycond.cards import loading_code, lora_loading_code, text_to_image_card
+from noisycond.captions import MASK_WORD, CaptionTally
+from noisycond.cards import UNKNOWN_PLACE, loading_code, lora_loading_code, public_name, text_to_image_card
 from noisycond.data.digit_captions import digit_prompts
 from noisycond.data.opening import TrainingData
 from noisycond.data.streams import RawExample, StreamSource
+from noisycond.data.text_cache import CachedTexts, default_cache_dir, open_text_cache
 from noisycond.denoisers import ConditionalDenoiser, build_text_denoiser, find_text_denoiser
 from noisycond.denoisers.presets import DenoiserSource, Preset
 from noisycond.denoisers.text import TextEncoder, open_text_encoder, peek_text_encoder
@@ -27,7 +29,7 @@ from noisycond.errors import require
 from noisycond.evaluation.in_training import TrainingEvaluation
 from noisycond.export import export_pipeline
 from noisycond.first_stage import FirstStage, open_first_stage
-from noisycond.lora import add_lora, save_lora
+from noisycond.lora import add_lora, how_to_load, save_lora
 from noisycond.perturbation import ConditionEmbeddingPerturbation
 from noisycond.pipelines import LDMTextToImagePipeline
 from noisycond.randomness import Purpose
@@ -113,7 +115,7 @@ class FromScratch:
 
     def assemble(self, denoiser: ConditionalDenoiser, scheduler: DDIMScheduler) -> LDMTextToImagePipeline:
         """The pipeline with the weights that the denoiser has now, in copies, on the first stage's device."""
-        bert = copy.deepcopy(denoiser.encoder.models[0]).float().eval().requires_grad_(False)
+        bert = copy.deepcopy(denoiser.encoder.encoders[0]).float().eval().requires_grad_(False)
         unet, tokenizer = denoiser.backbone.export_model(), denoiser.encoder.encode.tokenizers[0]
         pipeline = LDMTextToImagePipeline(self.first_stage.model, bert, tokenizer, unet, scheduler)
         pipeline.set_progress_bar_config(disable=True)
@@ -184,6 +186,11 @@ def text_encoder_name(args, preset: Preset) -> str:
     return name
 
 
+def mask_word_of(text: TextEncoder) -> str:
+    """What stands for a masked word: the tokenizer's own sign where it has one."""
+    return text.encode.tokenizers[0].mask_token or MASK_WORD
+
+
 def require_its_schedule(args, opened: TextPipeline) -> None:
     """Raises InputError where the flags ask for another noise schedule than the pipeline's, whose scheduler is what is
     exported."""
@@ -250,6 +257,24 @@ def text_conditions(
     return condition
 
 
+def cache_texts(args, data: TrainingData, denoiser: ConditionalDenoiser, accelerator: Accelerator) -> CachedTexts:
+    """Encodes every caption that can come up, once, and puts the text encoder aside; see
+    [`noisycond.data.text_cache.open_text_cache`].
+
+    Raises:
+        InputError: there is no end of captions, or no space for them.
+    """
+    require(
+        not args.streaming,
+        "--cache_text_embeddings does not go with --streaming or --train_shards: it would have to know every caption; "
+        "leave it off.",
+    )
+    folder = Path(args.text_cache_dir) if args.text_cache_dir else default_cache_dir()
+    cached = open_text_cache(data.captions.all_texts(), denoiser.encoder, folder, accelerator)
+    denoiser.encoder.park()
+    return cached
+
+
 def draw_samples(pipeline: DiffusionPipeline, args, prompts: list[str], path: Path) -> None:
     """Draws a sample grid, a row per prompt, and saves it as a PNG."""
     per_prompt = args.num_validation_images
@@ -269,13 +294,7 @@ def export(
     """Writes the last sample grid and what else a run leaves behind, a pipeline or LoRA weights for one; see
     [`noisycond.results.leave_results`]."""
     draw_samples(pipeline, args, prompts, run.samples / "final.png")
-    card = text_to_image_card(pipeline, args, prompts, result, repo_id)
-    condition = f'prompt="{prompts[0]}"'
-    if args.use_lora:
-        base = args.pretrained_model_name_or_path
-        how_to_load = lora_loading_code(pipeline, base, run.path, condition)
-    else:
-        how_to_load = loading_code(pipeline, run.path, condition=condition)
+    card = text_to_image_card(pipeline, args, prompts, result, _code(pipeline, args, prompts, repo_id))
 
     def write() -> None:
         if args.use_lora:
@@ -290,7 +309,17 @@ def export(
         run,
         result,
         write=write,
-        how_to_load=how_to_load,
+        how_to_load=_code(pipeline, args, prompts, run.path),
         evaluation=evaluation,
         repo_id=repo_id,
     )
+
+
+def _code(pipeline: DiffusionPipeline, args, prompts: list[str], location: str | Path | None) -> str:
+    """How to load what was trained, with diffusers alone."""
+    place, condition = location or UNKNOWN_PLACE, f'prompt="{prompts[0]}"'
+    if not args.use_lora:
+        return loading_code(pipeline, place, condition=condition)
+    base = args.pretrained_model_name_or_path
+    base = base if isinstance(location, Path) else public_name(base)  # a card is read elsewhere
+    return lora_loading_code(pipeline, base, how_to_load(pipeline, place), condition)

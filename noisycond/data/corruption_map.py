@@ -32,15 +32,3 @@ def save_caption_map(captions: Captions, path: Path) -> None:
             used = captions.use_all(index, torch.zeros_like(index))
             true = captions.true_texts(index, torch.zeros_like(index))
             writer.writerows((i, text, new.text) for i, text, new in zip(index.tolist(), true, used, strict=True))
-
-
-def save_caption_map(captions: Captions, path: Path) -> None:
-    """Writes index, true and corrupted caption of every example, as they are in the first epoch."""
-    with writing(f"--output_dir {path.parent}", path.name), path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["index", "true", "corrupted"])
-        for first in range(0, len(captions), 65536):
-            index = torch.arange(first, min(first + 65536, len(captions)))
-            epoch = torch.zeros_like(index)
-            used = [caption.text for caption in captions.use_all(index, epoch)]
-            writer.writerows(zip(index.tolist(), captions.true_texts(index, epoch), used, strict=True))

@@ -209,7 +209,7 @@ def other_bert(folder):
         ("--text_encoder nowhere/bert", "--text_encoder nowhere/bert"),
         ("--denoiser dit-mini", "--denoiser dit-mini"),
         ("--label_smoothing 0.1", "--label_smoothing has no effect on captions"),
-        ("--cache_text_embeddings --train_text_encoder", "--cache_text_embeddings needs a frozen text encoder"),
+        ("--cache_text_embeddings --train_text_encoder yes", "--cache_text_embeddings needs a frozen text encoder"),
         ("--use_lora", "--use_lora adapts a model that is trained already"),
         ("--rank 8", "--rank has no effect without --use_lora"),
         ("--corruption_type llm --corruption_ratio 0.1", "--corruption_type llm needs exactly one of"),

@@ -10,7 +10,7 @@ from text_pipelines import SIZE, condition, images
 
 from noisycond.denoisers.text_pipelines import open_text_pipeline, peek_text_pipeline
 from noisycond.errors import InputError
-from noisycond.lora import WEIGHTS, add_lora, has_lora, save_lora
+from noisycond.lora import WEIGHTS, add_lora, has_lora, how_to_load, save_lora
 
 
 def adapted(text_folders, kind: str, **options):
@@ -74,7 +74,8 @@ def test_a_base_pipeline_with_the_saved_weights_draws_the_same_images(text_folde
     plain = open_text_pipeline(str(text_folders / kind), resolution=SIZE).pipeline
     train(denoiser)
     assembled = taken.assemble(denoiser)
-    code = save_lora(assembled, denoiser, tmp_path)
+    save_lora(assembled, denoiser, tmp_path)
+    code = how_to_load(assembled, tmp_path)
     weights = "adapter_model.safetensors" if kind == "pixart" else WEIGHTS
     assert {path.name for path in tmp_path.iterdir()} <= {weights, "adapter_config.json"}
     assert {value.dtype for value in load_file(tmp_path / weights).values()} == {torch.float32}
