@@ -305,7 +305,7 @@ class StreamCaptions:
     where the reading began, or on ids.
 
     `swap` keeps the captions of a window together. An image that cannot be decoded is found too late to leave its
-    caption out.
+    caption out. Beside the shuffle block, one window of undecoded examples is held in memory.
 
     Args:
         corruption: how captions are corrupted. window: consecutive examples that are looked at together.

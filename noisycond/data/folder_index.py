@@ -90,7 +90,7 @@ class FolderIndex:
                 for file in sorted(files):
                     if not file.lower().endswith(IMG_EXTENSIONS):
                         continue
-                    size, modified = _size_and_time(os.path.join(folder, file))
+                    size, modified = size_and_time(os.path.join(folder, file))
                     name = os.fsencode(f"{below}{os.sep}{file}")
                     content += name
                     ends.append(len(content))
@@ -144,7 +144,7 @@ class FolderIndex:
             if any(os.stat(os.path.join(root, name)).st_mtime_ns != time for name, time in self.folders.items()):
                 return False
             for index in np.unique(np.linspace(0, len(self.names) - 1, min(looked_at, len(self.names))).astype(int)):
-                found = _size_and_time(os.path.join(root, self.names[index]))
+                found = size_and_time(os.path.join(root, self.names[index]))
                 if found != (self.sizes[index], self.times[index]):
                     return False
         except OSError:
@@ -159,7 +159,7 @@ def _walk(folder: str) -> Iterator[tuple[str, list[str], list[str]]]:
     return os.walk(folder, onerror=refuse, followlinks=True)
 
 
-def _size_and_time(path: str) -> tuple[int, int]:
+def size_and_time(path: str) -> tuple[int, int]:
     """Bytes and modification time in ns; -1 and -1 of what cannot be looked at, as a dangling link: it is listed, and
     found to be a bad image when it is read."""
     try:

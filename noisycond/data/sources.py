@@ -6,7 +6,6 @@ A source knows its labels without opening an image, so that label corruption and
 import hashlib
 import io
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,7 +13,8 @@ import numpy as np
 from PIL import Image
 
 from noisycond import randomness
-from noisycond.data.folder_index import open_folder
+from noisycond.data.caption_options import CaptionDataArguments
+from noisycond.data.folder_index import open_folder, size_and_time
 from noisycond.errors import InputError, closest, in_one_line, require
 from noisycond.randomness import Purpose
 
@@ -162,13 +162,7 @@ class MetadataFolder(ImageSource):
     def __init__(self, root: str, label_column: str | None = None):
         self.root = Path(root)
         self.rows = self._read()
-        sizes, times = [], []
-        for row in self.rows:
-            try:
-                status = os.stat(self.root / row["file_name"])
-                sizes.append(status.st_size), times.append(status.st_mtime_ns)
-            except OSError:  # found to be a bad image when it is read
-                sizes.append(-1), times.append(-1)
+        found = [size_and_time(self.name(index)) for index in range(len(self.rows))]
         if label_column is None:
             self.labels, self.class_names = np.zeros(len(self.rows), dtype=np.int64), []
         else:
@@ -176,10 +170,10 @@ class MetadataFolder(ImageSource):
                 label_column, self._values("--label_column", label_column), "what stands there"
             )
         content = hashlib.sha256()
-        for row, size in zip(self.rows, sizes, strict=True):
+        for row, (size, _) in zip(self.rows, found, strict=True):
             content.update(f"{row['file_name']}\0{size}\0{row.get(label_column)}\n".encode())
         self.fingerprint = content.hexdigest()
-        self.version = hashlib.sha256(np.array(times, dtype=np.int64).tobytes()).hexdigest()
+        self.version = hashlib.sha256(repr([modified for _, modified in found]).encode()).hexdigest()
 
     def _read(self) -> list[dict]:
         path = self.root / self.FILE
@@ -400,7 +394,7 @@ def open_source(args, split: str | None = None, keep_index: bool = True) -> Imag
         keep_index: see [`ImageFolder`].
     """
     source: ImageSource
-    if args.train_data_dir is not None and hasattr(args, "caption_column"):
+    if args.train_data_dir is not None and isinstance(args, CaptionDataArguments):
         source = MetadataFolder(args.train_data_dir, args.label_column)
     elif args.train_data_dir is not None:
         source = ImageFolder(args.train_data_dir, keep_index)

@@ -110,6 +110,11 @@ def test_shards_are_corrupted_each_in_its_own_way():
     assert [c.is_corrupted for c in captions(source, 0)] != [c.is_corrupted for c in captions(source, 1)]
 
 
+def test_windows_of_a_shard_are_corrupted_each_in_its_own_way():
+    flags = [caption.is_corrupted for caption in captions(told("token", window=8, source=Told((40,))))]
+    assert len({tuple(flags[first : first + 8]) for first in range(0, 40, 8)}) == 5
+
+
 def test_of_several_captions_one_is_drawn_anew_every_epoch():
     drawn = [[c.text for c in captions(told(ratio=0.0, source=Told(lists=True)), 0, epoch)] for epoch in range(12)]
     for place in range(25):
@@ -165,6 +170,8 @@ def test_any_number_of_processes_sees_the_same_captions(type, mode, count):
     many = [row for number in range(count) for row in lane_texts(source(), number=number, count=count)]
     assert Counter(one) == Counter(many)
     assert 20 < sum(caption.is_corrupted for _, _, caption in one) < 70
+    epochs = [{name: caption for epoch, name, caption in one if epoch == number} for number in (0, 1)]
+    assert (epochs[0] == epochs[1]) == (mode == "fixed")
 
 
 def test_a_lane_taken_up_in_a_window_sees_the_same_captions():
