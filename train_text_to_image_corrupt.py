@@ -125,7 +125,7 @@ def main(argv: list[str] | None = None) -> None:
     model = open_text_model(args)
     first_stage = model.first_stage
     objective, noise_schedule = build_objective(args, model.name, model.preset)
-    data = open_training_data(args, mask_word=model.text.mask_word if hasattr(model.text,"mask_word") else "[MASK]")
+    data = open_training_data(args, mask_word=model.text.mask_word if hasattr(model.text, "mask_word") else "[MASK]")
     if args.streaming and args.cep_gamma > 0 and args.cep_mode == "fixed":
         require_ids(data.source, "--cep_mode fixed")
     prompts = grid_prompts(args, data)

@@ -7,7 +7,6 @@ import torch
 
 from noisycond.corruption import LabelCorruption
 from noisycond.data.captions import Captions
-from noisycond.data.captions import Captions
 from noisycond.data.sources import ImageSource
 from noisycond.errors import writing
 

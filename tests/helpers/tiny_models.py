@@ -13,7 +13,15 @@ from diffusers import (
     UNet2DConditionModel,
     VQModel,
 )
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import (
+    CLIPConfig,
+    CLIPImageProcessor,
+    CLIPModel,
+    CLIPProcessor,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTokenizer,
+)
 
 
 # A U-Net as a configuration file for --denoiser.
@@ -64,13 +72,13 @@ def tiny_kl(latent_channels: int, levels: int = 2) -> AutoencoderKL:
     return AutoencoderKL(**_first_stage(levels), latent_channels=latent_channels)
 
 
-def letters_tokenizer(folder: Path) -> CLIPTokenizer:
-    """A tokenizer of single letters, whose texts are at most 16 long; its files are written into the folder."""
+def letters_tokenizer(folder: Path, longest: int = 16) -> CLIPTokenizer:
+    """A tokenizer of single letters, whose texts are at most so long; its files are written into the folder."""
     letters = "abcdefghijklmnopqrstuvwxyz"
     words = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
     (folder / "vocab.json").write_text(json.dumps({word: place for place, word in enumerate(words)}))
     (folder / "merges.txt").write_text("#version: 0.2\n")
-    return CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=16)
+    return CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=longest)
 
 
 def tiny_text_pipeline(folder: Path, kind: type = StableDiffusionPipeline) -> Path:
@@ -80,12 +88,13 @@ def tiny_text_pipeline(folder: Path, kind: type = StableDiffusionPipeline) -> Pa
     Args:
         kind: `StableDiffusionPipeline`, or `LatentConsistencyModelPipeline`, whose U-Net takes the guidance scale.
     """
+    torch.manual_seed(0)
     is_consistency = kind is LatentConsistencyModelPipeline
     folder.mkdir(parents=True)
-    tokenizer = letters_tokenizer(folder)
+    tokenizer = letters_tokenizer(folder, 64)
     config = {"hidden_size": 12, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     ends = {name: tokenizer.convert_tokens_to_ids(getattr(tokenizer, name[:-3])) for name in ENDS}
-    text = CLIPTextConfig(**config, **ends, vocab_size=len(tokenizer), max_position_embeddings=16)
+    text = CLIPTextConfig(**config, **ends, vocab_size=len(tokenizer), max_position_embeddings=64)
     unet = tiny_unet(time_cond_proj_dim=8 if is_consistency else None)
     scheduler = {"beta_schedule": "scaled_linear", "clip_sample": False, "steps_offset": 1}
     pipeline = kind(
@@ -101,7 +110,26 @@ def tiny_text_pipeline(folder: Path, kind: type = StableDiffusionPipeline) -> Pa
     generator = torch.Generator().manual_seed(0)
     for model in (pipeline.unet, pipeline.text_encoder):
         for name, parameter in model.named_parameters():  # at the start a U-Net hardly heeds its condition
-            std = 0.3 if model is pipeline.unet and "attn2" not in name else 1.5
+            is_of_condition = model is pipeline.text_encoder or "attn2" in name or "time_embedding" in name
+            std = 1.5 if is_of_condition else 0.3
             torch.nn.init.normal_(parameter, std=std, generator=generator)
     pipeline.save_pretrained(folder)
     return folder
+
+
+def save_tiny_clip(folder: Path) -> None:
+    """A CLIP with random weights, images of 8×8, and a tokenizer of single letters."""
+    tokenizer = letters_tokenizer(folder)
+    start, end = tokenizer.convert_tokens_to_ids(["<|startoftext|>", "<|endoftext|>"])
+    layers = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    text = {"vocab_size": len(tokenizer), "max_position_embeddings": 16, "bos_token_id": start, "eos_token_id": end}
+    vision = {"image_size": 8, "patch_size": 4}
+    model = CLIPModel(
+        CLIPConfig(text_config={**layers, **text}, vision_config={**layers, **vision}, projection_dim=12)
+    )
+    generator = torch.Generator().manual_seed(2)
+    for parameter in model.parameters():  # the initial weights are so small that all embeddings are alike
+        torch.nn.init.normal_(parameter, std=0.8, generator=generator)
+    model.save_pretrained(folder)
+    images = CLIPImageProcessor(size={"shortest_edge": 8}, crop_size={"height": 8, "width": 8})
+    CLIPProcessor(image_processor=images, tokenizer=tokenizer).save_pretrained(folder)
