@@ -7,25 +7,27 @@ import json
 import string
 from pathlib import Path
 
+from noisycond.data.digit_captions import vocabulary
+
 
 NAME = "digits-bert"
 FOLDER = Path(__file__).parent.parent / "data" / "text_encoders" / NAME
 MAX_LENGTH = 24  # tokens; a caption of the digits has 3 to 20, and stock BERT's 77 would cost three times as much
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
-WORDS = (
-    *("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"),
-    *("an", "and", "by", "digit", "drawing", "drawn", "hand", "handwritten", "image", "in", "ink", "leaning", "leans"),
-    *("left", "lines", "number", "of", "photo", "right", "slanted", "strokes", "that", "the", "thick", "thin", "to"),
-    *("upright", "with", "written"),
-)
 
 
-def vocabulary() -> list[str]:
+def pieces() -> list[str]:
     """The WordPiece vocabulary: special tokens, the captions' words, then every letter, numeral and ASCII punctuation
     mark, alone and as a continuation, so that no English text has an unknown token."""
     characters = (*string.ascii_lowercase, *string.digits)
-    pieces = [*SPECIAL, *WORDS, *characters, *(f"##{character}" for character in characters), *string.punctuation]
-    return list(dict.fromkeys(pieces))
+    known = [
+        *SPECIAL,
+        *vocabulary(),
+        *characters,
+        *(f"##{character}" for character in characters),
+        *string.punctuation,
+    ]
+    return list(dict.fromkeys(known))
 
 
 def files() -> dict[str, str]:
@@ -33,7 +35,7 @@ def files() -> dict[str, str]:
     model = {
         "architectures": ["BertModel"],
         "model_type": "bert",
-        "vocab_size": len(vocabulary()),
+        "vocab_size": len(pieces()),
         "hidden_size": 64,
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
@@ -46,7 +48,7 @@ def files() -> dict[str, str]:
     return {
         "config.json": json.dumps(model, indent=2) + "\n",
         "tokenizer_config.json": json.dumps(tokenizer, indent=2) + "\n",
-        "vocab.txt": "".join(f"{piece}\n" for piece in vocabulary()),
+        "vocab.txt": "".join(f"{piece}\n" for piece in pieces()),
     }
 
 
@@ -54,7 +56,7 @@ def main() -> None:
     FOLDER.mkdir(parents=True, exist_ok=True)
     for name, text in files().items():
         (FOLDER / name).write_text(text, encoding="utf-8")
-    print(f"{FOLDER}: {len(vocabulary())} tokens.")
+    print(f"{FOLDER}: {len(pieces())} tokens.")
 
 
 if __name__ == "__main__":

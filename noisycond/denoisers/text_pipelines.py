@@ -78,7 +78,9 @@ class PixArtBackbone(nn.Module):
         super().__init__()
         self.model, self.resolution = model, resolution
 
-    around = classmethod(lambda cls, model, resolution: cls(model, resolution))
+    @classmethod
+    def around(cls, model: PixArtTransformer2DModel, resolution: int) -> "PixArtBackbone":
+        return cls(model, resolution)
 
     @staticmethod
     def check(config: dict, latent_size: int, num_classes: int = 0) -> None:

@@ -10,9 +10,10 @@ import torch
 from diffusers import DiffusionPipeline
 from text_pipelines import SIZE, TEXTS, condition, images
 
+from noisycond.arguments import ObjectiveArguments
 from noisycond.denoisers.text_pipelines import open_text_pipeline, peek_text_pipeline
 from noisycond.errors import InputError
-from noisycond.noise_schedule import schedule_of_scheduler
+from noisycond.noise_schedule import build_objective, schedule_of_scheduler
 from noisycond.objective import make_betas
 from noisycond.perturbation import ConditionEmbeddingPerturbation
 
@@ -203,6 +204,18 @@ def test_noise_schedule_and_prediction_type_are_the_scheduler_s(text_folders, tm
         "beta_schedule": "linear", "beta_start": 0.001, "beta_end": 0.02, "prediction_type": "v_prediction",
         "num_train_timesteps": 50,
     }  # fmt: skip
+
+
+def test_another_noise_schedule_is_refused(text_folders):
+    preset = opened(text_folders, "sd").preset
+    with pytest.raises(InputError, match="--num_train_timesteps is 50, but .* was trained with 1000"):
+        build_objective(ObjectiveArguments(num_train_timesteps=50), "it", preset)
+    with pytest.raises(InputError, match="--prediction_type is v_prediction"):
+        build_objective(ObjectiveArguments(prediction_type="v_prediction"), "it", preset)
+    with pytest.raises(InputError, match="flow matching"):
+        schedule_of_scheduler(diffusers.FlowMatchEulerDiscreteScheduler().config)
+    with pytest.raises(InputError, match="beta_schedule is sigmoid"):
+        schedule_of_scheduler(diffusers.DDPMScheduler(beta_schedule="sigmoid").config)
 
 
 @pytest.mark.parametrize(
