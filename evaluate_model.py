@@ -1,7 +1,9 @@
 #!/usr/bin/env python
-"""Measures pipelines, or folders of images, against real images: fidelity, diversity, memorization, class agreement.
+"""Measures pipelines, or folders of images, against real images: fidelity, diversity, memorization, agreement with
+class and prompt.
 
 accelerate launch evaluate_model.py --pipeline runs/demo --reference digits --num_images 1000 --guidance_scale 1 2 4
+accelerate launch evaluate_model.py --pipeline runs/text --reference digits --prompts digits:unseen --num_images 360
 """
 
 import sys
@@ -25,7 +27,7 @@ try:
     from noisycond.evaluation.rows import check_cards, check_classes, choices, measure, update_cards, why_not
     from noisycond.evaluation.suite import families_of, needs_train, refuse
     from noisycond.evaluation.uncertainty import summarize
-    from noisycond.generation import OpenPipeline
+    from noisycond.generation import OpenPipeline, named_prompts
     from noisycond.processes import on_main
 except ModuleNotFoundError as error:
     sys.exit(f"error: {error.name} is not installed; in the checkout, run: pip install -e .")
@@ -54,12 +56,13 @@ class EvaluateArguments(SamplingArguments, MetricArguments):
     output_dir: str = flag("runs/evaluation", "Where images, features, metrics.json, the table and plots are written.")
     num_images: int = flag(50_000, "Images per pipeline, guidance scale and seed.")
     guidance_scale: list[float] = flag([2.25], "Classifier-free guidance scales; 1 is off.")
-    seeds: list[int] = flag([0], "Seeds of noise and random classes; several give a spread.")
+    seeds: list[int] = flag([0], "Seeds of noise and of random classes or prompts; several give a spread.")
     save_stats: str | None = flag(None, "Write the reference's statistics and features to this .npz, to be reused.")
     extraction_batch_size: int = flag(50, "Images per batch of the feature extractor.")
     dataloader_num_workers: int = flag(0, "Processes that read images; 0 reads in the main one.")
     figures: bool = flag(True, "Draw sample grids, nearest training neighbours and, of pipelines, circular walks.")
     walk_class: int = flag(0, "The class of the circular walk.")
+    walk_prompt: str | None = flag(None, "The prompt of the circular walk; the default is the first of --prompts.")
     update_card: bool = flag(False, "Write the results into the model card of each pipeline that is a local folder.")
 
     def __post_init__(self):
@@ -90,6 +93,7 @@ class EvaluateArguments(SamplingArguments, MetricArguments):
         )
         for name in ("dataloader_num_workers", "walk_class"):
             require(getattr(self, name) >= 0, f"--{name} is {getattr(self, name)}, but it must not be negative.")
+        require(self.walk_prompt is None or self.walk_prompt.strip(), "--walk_prompt is empty; leave it off.")
         if self.train_data is None and self.reference == "digits":
             self.train_data = "digits"
 
@@ -98,8 +102,13 @@ def refuse_flags_without_effect(args: EvaluateArguments, real: RealImages | None
     """Raises InputError for a flag on the command line that can do nothing here. A recipe's values are left alone:
     they are meant for more than one use."""
     of_pipelines = {item.name for item in fields(SamplingArguments)} - {"recipe", "cpu_threads_per_process"}
-    of_pipelines |= {"guidance_scale", "seeds", "walk_class"}
+    of_pipelines |= {"guidance_scale", "seeds", "walk_class", "walk_prompt"}
     idle = {name: "without --pipeline" for name in of_pipelines if not args.pipeline}
+    if args.pipeline and args.prompts is None:
+        idle["walk_prompt"] = "without --prompts"
+    if args.pipeline and args.prompts is not None:
+        idle["walk_class"] = "with --prompts; name a --walk_prompt"
+        idle["clip_prompt"] = "with --prompts: the CLIP score is that of each image and its own prompt"
     if real is None or real.split is None:
         idle["reference_split"] = "unless --reference is digits or a dataset with splits"
     families = families_of(args.metrics)
@@ -111,6 +120,14 @@ def refuse_flags_without_effect(args: EvaluateArguments, real: RealImages | None
             idle[name] = "without --metrics clip_score"
     found = sorted(args.given & idle.keys())
     require(not found, f"--{found[0] if found else ''} has no effect {idle[found[0]] if found else ''}; leave it off.")
+
+
+def refuse_clip_prompt(args: EvaluateArguments, sets: list[ImageSet]) -> None:
+    """Raises InputError for a --clip_prompt on the command line where all images have texts of their own."""
+    require(
+        "clip_prompt" not in args.given or any(image_set.source.texts is None for image_set in sets),
+        "--clip_prompt has no effect on these images: their metadata.jsonl has the text of each; leave it off.",
+    )
 
 
 def choose_resize(args: EvaluateArguments, sets: list[ImageSet], real: RealImages | None) -> Resize:
@@ -151,6 +168,7 @@ def main(argv: list[str] | None = None) -> None:
     # What can be refused is refused before an image is drawn.
     check_report_folder(folder, subjects)
     check_cards(subjects if args.update_card else ())
+    prompts = named_prompts(args) if args.pipeline else None
     real = open_real("--reference", args.reference, args.reference_split)
     train = open_real("--train_data", args.train_data, "train")
     refuse_flags_without_effect(args, real)
@@ -159,30 +177,36 @@ def main(argv: list[str] | None = None) -> None:
         if given is not None:
             size = {} if args.resolution is None else {"resolution": args.resolution}
             given.check(instruments, interpolation=args.image_interpolation_mode, **size)
+    labelled = prompts is None or prompts.labels is not None
     num_real = len(real.source) if real is not None and real.source is not None else None
 
     def check(opened: OpenPipeline) -> None:
         named = opened.class_names is not None
-        refuse(args, instruments.foreseen(args, real, train, True, named))
+        refuse(args, instruments.foreseen(args, real, train, labelled, named, prompts is not None))
         check_classes(opened.name, opened.class_names, real)
+        if args.figures:
+            sampling.noise_shape(opened.pipeline)  # the walk's
         side = args.resolution or sampling.image_size(opened.pipeline)
         for given in (real, train):
             if given is not None:
                 given.check(instruments, resolution=side, interpolation=args.image_interpolation_mode)
         require(
-            args.walk_class < opened.num_classes,
+            opened.num_classes is None or args.walk_class < opened.num_classes,
             f"--walk_class is {args.walk_class}, but {opened.name} has {opened.num_classes} classes.",
         )
 
     if args.pipeline:
-        refuse(args, instruments.foreseen(args, real, train, True, True), args.num_images, num_real)
-        sets = draw_sets(subjects, args, args.guidance_scale, args.seeds, folder / "images", accelerator, check)
+        here = instruments.foreseen(args, real, train, labelled, labelled, prompts is not None)
+        refuse(args, here, args.num_images, num_real)
+        place = folder / "images"
+        sets = draw_sets(subjects, args, args.guidance_scale, args.seeds, place, accelerator, check, prompts)
     else:
         sets = open_sets(option, subjects, None)
+        refuse_clip_prompt(args, sets)
         for image_set in sets:
-            labelled, named = image_set.source.labels is not None, image_set.source.class_names is not None
-            here = instruments.foreseen(args, real, train, labelled, named)
-            refuse(args, here, len(image_set.source), num_real)
+            source = image_set.source
+            has = (each is not None for each in (source.labels, source.class_names, source.texts))
+            refuse(args, instruments.foreseen(args, real, train, *has), len(source), num_real)
 
     extraction = Extraction(
         instruments,
@@ -207,10 +231,11 @@ def main(argv: list[str] | None = None) -> None:
     for image_set, seen in zip(sets, evidence, strict=True):
         seen.reference, seen.train = reference, known
         rows.append(measure(image_set, seen, args, extraction.settings(), folder / "computed"))
-    report(args, subjects, rows, choices(args, extraction, real, train if known is not None else None, sets))
+    looked_at = train if known is not None else None
+    report(args, subjects, rows, choices(args, extraction, real, looked_at, sets, prompts))
     if args.figures:
         with writing(f"--output_dir {folder}", "the figures (the report is written; --no_figures leaves them off)"):
-            draw_figures(args, sets, evidence, train, folder, extraction.resize)
+            draw_figures(args, sets, evidence, train, folder, extraction.resize, prompts)
 
 
 if __name__ == "__main__":

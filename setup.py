@@ -35,6 +35,7 @@ INSTALL_REQUIRES = [
 EXTRAS = {
     "xformers": ["xformers"],
     "8bit": ["bitsandbytes"],
+    "lora": ["peft>=0.18"],
     "deepspeed": ["deepspeed>=0.18"],
     "dev": ["pytest>=8.0", "pytest-xdist>=3.6", "ruff>=0.14", "peft>=0.18", "prdc>=0.2", "top-pr>=0.2.1"],
 }

@@ -55,9 +55,9 @@ class ClassCondArguments(
     FirstStageArguments,
     CorruptionArguments,
     PerturbationArguments,
+    SampleGridArguments,
     ObjectiveArguments,
     LoopArguments,
-    SampleGridArguments,
     EvaluationArguments,
     HubArguments,
 ):
@@ -76,12 +76,6 @@ class ClassCondArguments(
         require(
             not self.cache_latents or self.center_crop or self.dataset_name == "digits",
             "--cache_latents needs --center_crop: a random crop is another image every epoch.",
-        )
-        require(
-            self.validation_inference_steps <= self.num_train_timesteps and self.validation_guidance_scale >= 1,
-            f"--validation_inference_steps is {self.validation_inference_steps} and --validation_guidance_scale "
-            f"{self.validation_guidance_scale}, but they must be at most --num_train_timesteps, "
-            f"{self.num_train_timesteps}, and at least 1 (no guidance).",
         )
 
 

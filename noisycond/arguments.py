@@ -408,13 +408,44 @@ class LoopArguments(Arguments):
 
 
 @dataclass
+class ValidationArguments(Arguments):
+    """How the sample grids of a training script are drawn. To be inherited from before [`ObjectiveArguments`], so that
+    the number of noise levels is checked first."""
+
+    validation_guidance_scale: float = flag(4.0, "Guidance scale of the sample grids.")
+    validation_inference_steps: int = flag(50, "Sampling steps of the sample grids.")
+
+    def __post_init__(self):
+        super().__post_init__()
+        levels = getattr(self, "num_train_timesteps", math.inf)
+        require(
+            0 < self.validation_inference_steps <= levels,
+            f"--validation_inference_steps is {self.validation_inference_steps}, but must be positive and at most "
+            f"--num_train_timesteps, {levels}.",
+        )
+        require(
+            1 <= self.validation_guidance_scale < math.inf,
+            f"--validation_guidance_scale is {self.validation_guidance_scale}, but must be at least 1 (no guidance).",
+        )
+
+
+@dataclass
 class SamplingArguments(Arguments):
     """How images are drawn from a pipeline."""
 
+    prompts: str | None = flag(
+        None,
+        "What a text-to-image pipeline draws: a text file with a prompt per line, a table (.jsonl, .csv, .json), COCO "
+        "captions (.json), a dataset with captions, `digits:seen` or `digits:unseen`.",
+    )
+    prompt_column: str | None = flag(
+        None, "The column of texts of a table or dataset; the default is `text`, `caption` or `prompt`."
+    )
+    prompt_split: str | None = flag(None, "The split of a dataset of prompts; the default is `validation`.")
     num_images: int = flag(1000, "Number of images.")
     batch_size: int = flag(50, "Images per chunk; the bits of an image depend on it, not on the number of processes.")
     class_sampling: Literal["balanced", "random"] = flag(
-        "balanced", "`balanced`: the classes in turn. `random`: drawn uniformly."
+        "balanced", "`balanced`: the classes, or the prompts, in turn. `random`: drawn uniformly."
     )
     num_inference_steps: int = flag(50, "Sampling steps.")
     scheduler: str | None = flag(
@@ -433,6 +464,10 @@ class SamplingArguments(Arguments):
             require(getattr(self, name) > 0, f"--{name} is {getattr(self, name)}, but it must be positive.")
         threads = self.cpu_threads_per_process
         require(threads is None or threads > 0, f"--cpu_threads_per_process is {threads}, but it must be positive.")
+        for name in ("prompt_column", "prompt_split"):
+            require(
+                self.prompts is not None or getattr(self, name) is None, f"--{name} has no effect without --prompts."
+            )
 
 
 @dataclass

@@ -1,5 +1,6 @@
 """Model cards: what was trained, with which corruption and CEP, and how to load it."""
 
+import inspect
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,16 +13,32 @@ from noisycond.data.shard_names import redacted
 UNKNOWN_PLACE = "PATH_OR_ID_OF_THIS_FOLDER"
 
 
-def loading_code(pipeline, location: str | Path, call: str = "num_inference_steps=50") -> str:
-    """How to load a class-conditional pipeline from a folder or Hub id with diffusers alone, and draw an image; `call`
-    are the arguments of the call beside the labels."""
+def loading_code(
+    pipeline, location: str | Path, call: str = "num_inference_steps=50", condition: str | None = None
+) -> str:
+    """How to load a pipeline from a folder or Hub id with diffusers alone, and draw an image.
+
+    Args:
+        call: the arguments of the call beside the condition. condition: the argument that says of what; by default an
+            example of what the pipeline takes.
+    """
     in_diffusers = type(pipeline).__module__.startswith("diffusers.")
     trust = "" if in_diffusers else ", trust_remote_code=True"
+    if condition is None:
+        is_text = "prompt" in inspect.signature(pipeline.__call__).parameters
+        condition = 'prompt="a photo of a dog"' if is_text else "class_labels=[0]"
     return f"""from diffusers import DiffusionPipeline
 
 pipeline = DiffusionPipeline.from_pretrained("{location}"{trust})
-image = pipeline(class_labels=[0], {call}).images[0]
+image = pipeline({condition}, {call}).images[0]
 """
+
+
+def lora_loading_code(pipeline, base: str, load: str, condition: str) -> str:
+    """How to load LoRA weights onto the pipeline `base` that they were trained on, and draw an image; `load` is the
+    code that loads them, see [`loading_code`]."""
+    lines = loading_code(pipeline, base, condition=condition).splitlines(keepends=True)
+    return "".join([*lines[:-1], f"{load}\n", lines[-1]])
 
 
 def model_card(
@@ -44,22 +61,36 @@ def model_card(
     """
     shown = ", ".join(class_names[:10]) + (", …" if len(class_names) > 10 else "")
     tags = ["class-conditional", *tags, f"diffusers:{type(pipeline).__name__}"]
-    return ModelCard(
-        f"""{_front_matter(tags, "unconditional-image-generation")}
-# {title}
+    return _generator_card(
+        _front_matter(tags, "unconditional-image-generation"),
+        f"# {title}\n\nA class-conditional latent diffusion model",
+        picture,
+        loading_code(pipeline, repo_id or UNKNOWN_PLACE, call),
+        f"{len(class_names)} classes: {shown}",
+        settings,
+    )
 
-A class-conditional latent diffusion model trained with noisycond, after *Slight Corruption in Pre-training Data Makes
-Better Diffusion Models* ([arXiv:2405.20494](https://arxiv.org/abs/2405.20494)).
 
-![samples]({picture})
+def text_to_image_card(pipeline, args, prompts: Sequence[str], result, code: str) -> ModelCard:
+    """The card of a text-to-image run, or of the LoRA weights that it trained; see [`class_conditional_card`].
 
-```py
-{loading_code(pipeline, repo_id or UNKNOWN_PLACE, call)}```
-
-{len(class_names)} classes: {shown}
-
-{_table(settings)}
-"""
+    Args:
+        prompts: those of the sample grid, a row each. code: how to load it from where it is published.
+    """
+    base, lora = args.pretrained_model_name_or_path, args.use_lora
+    settings = _settings(args, result, ("input_perturbation", "embedding_dropout", "snr_gamma"))
+    settings |= {"text encoder": "trained along" if args.train_text_encoder else "frozen"}
+    if lora:
+        settings["LoRA"] = f"rank {args.rank}, alpha {args.lora_alpha or args.rank}"
+    kind = "LoRA weights for a text-to-image model" if lora else "A text-to-image latent diffusion model"
+    tags = ["text-to-image", *_features(args), f"diffusers:{type(pipeline).__name__}"] + ["lora"] * lora
+    return _generator_card(
+        _front_matter(tags, "text-to-image", None if base is None else public_name(base)),
+        f"# {settings['denoiser']} on {settings['dataset']}\n\n{kind}",
+        "samples/final.png",
+        code,
+        "The samples, row by row: " + "; ".join(prompts),
+        settings,
     )
 
 
@@ -94,23 +125,10 @@ def class_conditional_card(pipeline, args, class_names: Sequence[str], result, r
         pipeline: what was exported. args: the resolved arguments. result: how training ended, with the counts of the
             corruption. repo_id: see [`model_card`].
     """
-    dataset = _dataset(args)
     baselines = ("input_perturbation", "embedding_dropout", "label_smoothing", "snr_gamma")
-    settings = {
-        "recipe": public_name(args.recipe or "none"),
-        "dataset": dataset,
-        "resolution": args.resolution,
-        "denoiser": public_name(args.denoiser),
-        "first stage": public_name(args.pretrained_vae_model_name_or_path),
-        "optimizer steps": result.step,
-        **_corruption_and_perturbation(args, result),
-        **{name.replace("_", " "): getattr(args, name) for name in baselines if getattr(args, name)},
-        "prediction type": args.prediction_type,
-        "condition dropout": args.conditioning_dropout_prob,
-        "seed": args.seed,
-    }
+    settings = _settings(args, result, baselines)
     return model_card(
-        f"{settings['denoiser']} on {dataset}",
+        f"{settings['denoiser']} on {settings['dataset']}",
         settings,
         class_names,
         "samples/final.png",
@@ -118,6 +136,22 @@ def class_conditional_card(pipeline, args, class_names: Sequence[str], result, r
         tags=_features(args),
         repo_id=repo_id,
     )
+
+
+def _settings(args, result, baselines: Sequence[str]) -> dict[str, object]:
+    return {
+        "recipe": public_name(args.recipe or "none"),
+        "dataset": _dataset(args),
+        "resolution": args.resolution,
+        "denoiser": public_name(getattr(args, "pretrained_model_name_or_path", None) or args.denoiser),
+        "first stage": public_name(args.pretrained_vae_model_name_or_path or "the pipeline's own"),
+        "optimizer steps": result.step,
+        **_corruption_and_perturbation(args, result),
+        **{name.replace("_", " "): getattr(args, name) for name in baselines if getattr(args, name)},
+        "prediction type": args.prediction_type,
+        "condition dropout": args.conditioning_dropout_prob,
+        "seed": args.seed,
+    }
 
 
 def distillation_card(pipeline, args, class_names: Sequence[str], result, repo_id: str | None) -> ModelCard:
@@ -186,9 +220,31 @@ def public_name(name_or_path: str) -> str:
     return path.resolve().name if is_path else name_or_path
 
 
-def _front_matter(tags: list[str], pipeline_tag: str | None = None) -> str:
+def _generator_card(front_matter: str, kind: str, picture: str, code: str, below: str, settings: dict) -> ModelCard:
+    return ModelCard(
+        f"""{front_matter}
+{kind} trained with noisycond, after *Slight Corruption in Pre-training Data Makes
+Better Diffusion Models* ([arXiv:2405.20494](https://arxiv.org/abs/2405.20494)).
+
+![samples]({picture})
+
+```py
+{code}```
+
+{below}
+
+{_table(settings)}
+"""
+    )
+
+
+def _front_matter(tags: list[str], pipeline_tag: str | None = None, base_model: str | None = None) -> str:
     data = ModelCardData(
-        license="apache-2.0", library_name="diffusers", pipeline_tag=pipeline_tag, tags=["noisycond", *tags]
+        license="apache-2.0",
+        library_name="diffusers",
+        pipeline_tag=pipeline_tag,
+        base_model=base_model,
+        tags=["noisycond", *tags],
     )
     return f"---\n{data.to_yaml()}\n---\n"
 

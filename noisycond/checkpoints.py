@@ -39,8 +39,10 @@ def check_space(args: LoopArguments, denoiser: nn.Module) -> None:
     folder = Path(args.output_dir).absolute()
     while not folder.exists():
         folder = folder.parent
-    copies = 2 + args.use_ema + (0.5 if args.use_8bit_adam else 2)
-    needed = copies * sum(4 * parameter.numel() for parameter in denoiser.parameters())
+    copies = 1 + args.use_ema + (0.5 if args.use_8bit_adam else 2)
+    parameters = list(denoiser.parameters())
+    trained = sum(4 * parameter.numel() for parameter in parameters if parameter.requires_grad)
+    needed = copies * trained + sum(4 * parameter.numel() for parameter in parameters)
     free = shutil.disk_usage(folder).free
     require(
         needed <= free,

@@ -2,8 +2,6 @@
 corruption, and what a run leaves behind.
 """
 
-import json
-import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,33 +9,29 @@ import torch
 from diffusers import DiffusionPipeline
 from huggingface_hub import ModelCard
 
-from noisycond import hub, pictures, randomness, sampling
-from noisycond.arguments import Arguments, flag
+from noisycond import randomness, sampling
+from noisycond.arguments import ValidationArguments, flag
 from noisycond.cards import loading_code
 from noisycond.corruption import LabelCorruption
 from noisycond.data.class_groups import read_class_groups
 from noisycond.data.opening import TrainingData
 from noisycond.data.streams import require_ids
-from noisycond.errors import require, writing
+from noisycond.errors import require
 from noisycond.evaluation.in_training import TrainingEvaluation
 from noisycond.export import export_pipeline
 from noisycond.randomness import Purpose
+from noisycond.results import draw_grid, leave_results
 from noisycond.run_folder import RunFolder
 from noisycond.trainer import FitResult
 
 
 @dataclass
-class SampleGridArguments(Arguments):
-    validation_guidance_scale: float = flag(4.0, "Guidance scale of the sample grids.")
-    validation_inference_steps: int = flag(50, "Sampling steps of the sample grids.")
+class SampleGridArguments(ValidationArguments):
     validation_images_per_class: int = flag(10, "Images per class in the sample grids, of at most 10 classes.")
 
     def __post_init__(self):
         super().__post_init__()
-        require(
-            self.validation_images_per_class > 0 and self.validation_inference_steps > 0,
-            "--validation_images_per_class and --validation_inference_steps must be positive.",
-        )
+        require(self.validation_images_per_class > 0, "--validation_images_per_class must be positive.")
 
 
 def open_corruption(args, data: TrainingData) -> tuple[LabelCorruption, list[list[int]] | None]:
@@ -87,18 +81,8 @@ def label_conditions(
 
 def draw_samples(pipeline: DiffusionPipeline, args, num_classes: int, path: Path) -> None:
     """Draws a sample grid, a row per class, and saves it as a PNG."""
-    labels = sampling.class_rows(num_classes, args.validation_images_per_class)
-    images = sampling.sample_all(
-        pipeline,
-        labels,
-        seed=args.seed,
-        guidance_scale=args.validation_guidance_scale,
-        num_inference_steps=args.validation_inference_steps,
-    )
-    scale = max(1, 64 // images[0].width)
-    with writing(f"--output_dir {args.output_dir}", path.name):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        pictures.image_grid(images, args.validation_images_per_class, scale=scale).save(path)
+    per_class = args.validation_images_per_class
+    draw_grid(pipeline, sampling.class_rows(num_classes, per_class), per_class, args, path)
 
 
 def export(
@@ -112,19 +96,16 @@ def export(
     evaluation: TrainingEvaluation | None,
     call: str = "num_inference_steps=50",
 ) -> None:
-    """Writes what a run leaves behind: pipeline, card, sample grid, loss curve, corruption counts; then pushes it.
+    """Writes the last sample grid and what else a run leaves behind; see [`noisycond.results.leave_results`].
     `call` is what [`noisycond.cards.loading_code`] takes."""
     draw_samples(pipeline, args, len(class_names), run.samples / "final.png")
-    with writing(f"--output_dir {run.path}", "the pipeline (its last checkpoint is whole)"):
-        pictures.plot_loss(run.read_log(), run.path / "loss.png")
-        (run.path / "corruption.json").write_text(json.dumps(result.totals["corruption"], indent=2) + "\n")
-        export_pipeline(pipeline, run.path, class_names, card)
-        if evaluation is not None:
-            evaluation.at_the_end(pipeline, run, result.step)
-    code = textwrap.indent(loading_code(pipeline, run.path, call), "    ")
-    print(
-        f"\nSamples: {run.samples / 'final.png'}\nLoss curve: {run.path / 'loss.png'}\nPipeline: {run.path}\n\n"
-        f"Load it where only diffusers is installed:\n\n{code}\n"
+    leave_results(
+        pipeline,
+        args,
+        run,
+        result,
+        write=lambda: export_pipeline(pipeline, run.path, class_names, card),
+        how_to_load=loading_code(pipeline, run.path, call),
+        evaluation=evaluation,
+        repo_id=repo_id,
     )
-    if repo_id is not None:
-        hub.push(run.path, repo_id, args.hub_private_repo)

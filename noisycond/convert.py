@@ -21,10 +21,10 @@ from noisycond.export import export_pipeline, sampling_scheduler
 from noisycond.first_stage import open_first_stage
 from noisycond.objective import DiffusionObjective, make_betas
 from noisycond.originals.dit import convert_dit
-from noisycond.originals.folders import open_dit_folder, open_ldm_folder
+from noisycond.originals.folders import open_dit_folder, open_ldm_folder, open_text_folder
 from noisycond.originals.ldm import Settings, convert_ldm, read_settings
 from noisycond.originals.reading import read_weights, recognize
-from noisycond.pipelines import LDMClassToImagePipeline, OriginalDiTPipeline
+from noisycond.pipelines import LDMClassToImagePipeline, LDMTextToImagePipeline, OriginalDiTPipeline
 from noisycond.sampling import known_classes, pipeline_class_name
 
 
@@ -35,7 +35,9 @@ KINDS = {
     "dit": "an original DiT checkpoint",
     "ldm folder": "a folder of an LDM pipeline",
     "dit folder": "a folder of a DiT pipeline",
+    "text folder": "a folder of a text-to-image LDM",
 }
+OPENERS = {"ldm folder": open_ldm_folder, "dit folder": open_dit_folder, "text folder": open_text_folder}
 
 
 @dataclass
@@ -101,17 +103,27 @@ def find_kind(args: ConvertArguments) -> str:
         what = "has no model_index.json" if Path(args.source).is_dir() else "neither a file nor a folder nor a Hub id"
         reason = " ".join(str(error).split())[:160]
         raise InputError(f"SOURCE {args.source}: {what} that can be read ({reason}).") from error
-    kinds = {LDMClassToImagePipeline.__name__: "ldm folder", DiTPipeline.__name__: "dit folder"}
+    kinds = {
+        LDMClassToImagePipeline.__name__: "ldm folder",
+        LDMTextToImagePipeline.__name__: "text folder",
+        DiTPipeline.__name__: "dit folder",
+    }
     require(
         declared in kinds,
-        f"SOURCE {args.source}: its index declares a {declared}, but only {' and '.join(kinds)} can be converted.",
+        f"SOURCE {args.source}: its index declares a {declared}, but only {', '.join(kinds)} can be converted.",
     )
     return kinds[declared]
 
 
 def check_flags(args: ConvertArguments, kind: str) -> None:
     """Raises InputError for a flag that has no effect on this kind of source, or one that it lacks."""
-    allowed = {"config": ["ldm"], "resolution": ["ldm"], "attention_heads": ["ldm", "dit"], "stock": ["dit"]}
+    allowed = {
+        "config": ["ldm"],
+        "resolution": ["ldm"],
+        "attention_heads": ["ldm", "dit"],
+        "stock": ["dit"],
+        "id2label": [each for each in KINDS if each != "text folder"],
+    }
     for name, kinds in allowed.items():
         require(
             getattr(args, name) in (None, False) or kind in kinds,
@@ -152,8 +164,7 @@ def convert(args: ConvertArguments) -> tuple[DiffusionPipeline, list[str] | None
     elif kind == "dit":
         pipeline = build_dit(args, convert_dit(state, path, args.attention_heads), first_stage)
     else:
-        open_folder = open_ldm_folder if kind == "ldm folder" else open_dit_folder
-        pipeline = open_folder(args.source, first_stage, args.scaling_factor)
+        pipeline = OPENERS[kind](args.source, first_stage, args.scaling_factor)
     check_first_stage(args, pipeline)
     if names is None and kind.endswith("folder"):
         names = names_of_index(args.source)
@@ -253,7 +264,8 @@ def main(argv: list[str] | None = None) -> None:
     # What is exported names its source as it was given, not where this machine keeps it.
     for name, part in {"": pipeline, **pipeline.components}.items():
         is_given = args.first_stage is not None and name in ("vae", "vqvae")
-        part.register_to_config(_name_or_path=public_name(args.first_stage if is_given else args.source))
+        if hasattr(part, "register_to_config"):  # text encoders and tokenizers write no such entry
+            part.register_to_config(_name_or_path=public_name(args.first_stage if is_given else args.source))
     with writing(f"OUTPUT_DIR {args.output_dir}", "the pipeline"):
         export_pipeline(pipeline, Path(args.output_dir), names)
     code = textwrap.indent(loading_code(pipeline, args.output_dir), "    ")

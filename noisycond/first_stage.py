@@ -106,6 +106,20 @@ class FirstStage:
         return moments * self.scaling_factor
 
 
+def taken_from(model: AutoencoderKL | VQModel, config: dict, name: str, seed: int = 0) -> FirstStage:
+    """The first stage of an autoencoder that was opened.
+
+    Args:
+        config: its configuration as it was written, without what diffusers fills in. name: as it was given.
+    """
+    if isinstance(model, VQModel) and "scaling_factor" not in config:
+        # diffusers would fill in 0.18215, a KL autoencoder's number; LDM uses the latents unscaled.
+        model.register_to_config(scaling_factor=1.0)
+    # An export repeats this entry: the name that was given, not where this machine keeps it.
+    model.register_to_config(_name_or_path=public_name(name))
+    return FirstStage(model, seed)
+
+
 def state_hash(model: torch.nn.Module) -> str:
     """SHA-256 of a model's weights: their names and bytes."""
     digest = hashlib.sha256()
@@ -163,12 +177,7 @@ def _open(
                 reasons.append(f"it is a {config.get('_class_name')}")
                 continue
             model = make(CLASSES[config["_class_name"]], config, location, at)
-            if isinstance(model, VQModel) and "scaling_factor" not in config:
-                # diffusers would fill in 0.18215, a KL autoencoder's number; LDM uses the latents unscaled.
-                model.register_to_config(scaling_factor=1.0)
-            # An export repeats this entry: the name that was given, not where this machine keeps it.
-            model.register_to_config(_name_or_path=public_name(str(name_or_path)))
-            return FirstStage(model, seed)
+            return taken_from(model, config, str(name_or_path), seed)
         except (OSError, ValueError, KeyError) as error:
             reasons.append(" ".join(str(error).split()))
     shipped = ", ".join(sorted(path.name for path in SHIPPED.glob("*/")))

@@ -19,6 +19,7 @@ from noisycond import sampling
 from noisycond.arguments import SamplingArguments
 from noisycond.errors import InputError, in_one_line, require, writing
 from noisycond.processes import on_all, on_main
+from noisycond.prompts import Prompts, open_prompts
 from noisycond.run_folder import differences, write_atomically
 
 
@@ -59,31 +60,71 @@ class OpenPipeline:
     """A pipeline to draw from.
 
     Attributes:
-        name: as the user named it. weights: a hash of weights and scheduler. num_classes: K.
-        class_names: K names where the folder has them.
+        name: as the user named it. weights: a hash of weights and scheduler.
+        num_classes: K; None of a text-to-image pipeline.
+        class_names: K names where the folder has them; of a text-to-image pipeline those of the prompts.
+        prompts: what a text-to-image pipeline draws; None of a class-conditional one.
     """
 
     name: str
     pipeline: DiffusionPipeline
     weights: str
-    num_classes: int
+    num_classes: int | None
     class_names: list[str] | None
+    prompts: Prompts | None = None
+
+    def conditions(self, settings: ImageSettings) -> tuple[list[int] | list[str], list[dict]]:
+        """What each image is drawn from, a class label or a prompt, and what metadata.jsonl says of it."""
+        if self.prompts is None:
+            labels = settings.labels(self.num_classes).tolist()
+            return labels, [{"label": label} for label in labels]
+        places = self.prompts.places(settings.num_images, settings.class_sampling, settings.seed)
+        rows: list[dict] = [{"text": self.prompts.texts[place]} for place in places]
+        if self.prompts.labels is not None:
+            rows = [row | {"label": int(self.prompts.labels[place])} for row, place in zip(rows, places, strict=True)]
+        return [row["text"] for row in rows], rows
 
 
-def open_for_drawing(name: str, args: SamplingArguments, accelerator: Accelerator) -> OpenPipeline:
+def named_prompts(args: SamplingArguments) -> Prompts | None:
+    """The prompts that --prompts names; None where it names none.
+
+    Raises:
+        InputError: see [`noisycond.prompts.open_prompts`].
+    """
+    if args.prompts is None:
+        return None
+    return open_prompts("--prompts", args.prompts, args.prompt_split, args.prompt_column)
+
+
+def open_for_drawing(
+    name: str, args: SamplingArguments, accelerator: Accelerator, prompts: Prompts | None = None
+) -> OpenPipeline:
     """Opens a pipeline with the scheduler and the precision that were asked for, on this process's device.
 
     Raises:
-        InputError: see [`noisycond.sampling.open_pipeline`].
+        InputError: it takes prompts and there are none, or the reverse; it cannot sample as asked; or see
+            [`noisycond.sampling.open_pipeline`].
     """
     pipeline = sampling.open_pipeline(name, args.trust_remote_code)
+    kind, takes_prompts = type(pipeline).__name__, sampling.takes_prompts(pipeline)
+    require(
+        prompts is not None or not takes_prompts, f"--pipeline {name}: a {kind} draws from prompts; give --prompts."
+    )
+    require(
+        prompts is None or takes_prompts,
+        f"--prompts has no effect on --pipeline {name}: a {kind} draws from class labels; leave it off.",
+    )
     if args.scheduler is not None:
         sampling.set_scheduler(pipeline, args.scheduler)
+    sampling.check_steps(pipeline, args.num_inference_steps)
     pipeline.to(accelerator.device)
     if args.torch_dtype != "float32":
         pipeline.to(getattr(torch, args.torch_dtype))
+    weights = sampling.fingerprint(pipeline)
+    if prompts is not None:
+        return OpenPipeline(name, pipeline, weights, None, prompts.class_names, prompts)
     num_classes, class_names = sampling.number_of_classes(pipeline, name), sampling.class_names(name)
-    return OpenPipeline(name, pipeline, sampling.fingerprint(pipeline), num_classes, class_names)
+    return OpenPipeline(name, pipeline, weights, num_classes, class_names)
 
 
 def draw_images(opened: OpenPipeline, settings: ImageSettings, folder: Path, accelerator: Accelerator) -> int:
@@ -99,7 +140,7 @@ def draw_images(opened: OpenPipeline, settings: ImageSettings, folder: Path, acc
     Raises:
         InputError: the folder holds images made otherwise or more of them, or cannot be written to.
     """
-    labels, chunks = settings.labels(opened.num_classes), settings.chunks()
+    (conditions, told), chunks = opened.conditions(settings), settings.chunks()
     on_main(accelerator, lambda: _claim(folder, settings, opened))
 
     def lacking() -> list[int]:
@@ -113,7 +154,7 @@ def draw_images(opened: OpenPipeline, settings: ImageSettings, folder: Path, acc
         for i in tqdm(mine, desc="generating", unit="batch", disable=not accelerator.is_main_process or not mine):
             images = sampling.sample(
                 opened.pipeline,
-                labels[chunks[i].start : chunks[i].stop].tolist(),
+                conditions[chunks[i].start : chunks[i].stop],
                 chunks[i],
                 seed=settings.seed,
                 guidance_scale=settings.guidance_scale,
@@ -124,8 +165,7 @@ def draw_images(opened: OpenPipeline, settings: ImageSettings, folder: Path, acc
 
     def list_them() -> None:
         rows = (
-            json.dumps({"file_name": _file_name(settings, number), "label": int(label)}) + "\n"
-            for number, label in enumerate(labels)
+            json.dumps({"file_name": _file_name(settings, number)} | row) + "\n" for number, row in enumerate(told)
         )
         with writing(_where(opened, folder), "metadata.jsonl (run the same command again to go on)"):
             write_atomically(folder / "metadata.jsonl", "".join(rows))
@@ -139,11 +179,15 @@ def _claim(folder: Path, settings: ImageSettings, opened: OpenPipeline) -> None:
     settings_file, where = folder / "generation.json", _where(opened, folder)
     about = {"pipeline": opened.name} | asdict(settings)
     about |= {"weights": opened.weights, "class_names": opened.class_names}
+    if opened.prompts is not None:
+        about |= {"prompts": opened.prompts.settings()}
     if settings_file.exists():
         earlier = _read_earlier(settings_file, where)
         different = differences(earlier, asdict(settings), {"num_images"})
         if earlier.get("weights") != opened.weights:
             different.append(f"the pipeline {opened.name} has other weights or another scheduler now")
+        if _fingerprint_of_prompts(earlier) != _fingerprint_of_prompts(about):
+            different.append("the prompts are others now")
         require(not different, f"{where}: it holds images made with other settings: {'; '.join(different)}.")
         count = earlier["num_images"]
         require(
@@ -167,6 +211,11 @@ def _claim(folder: Path, settings: ImageSettings, opened: OpenPipeline) -> None:
     with writing(where, settings_file.name):
         folder.mkdir(parents=True, exist_ok=True)
         _write_settings(settings_file, about)
+
+
+def _fingerprint_of_prompts(about: dict) -> str | None:
+    prompts = about.get("prompts")
+    return prompts.get("fingerprint") if isinstance(prompts, dict) else None
 
 
 def _read_earlier(settings_file: Path, where: str) -> dict:

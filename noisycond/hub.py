@@ -23,6 +23,7 @@ logger = logging.getLogger(__name__)
 AnswerT = TypeVar("AnswerT")
 # What is pushed beside the weights. Not run.json, which tells paths of this machine; never checkpoints and logs.
 BESIDE_WEIGHTS = ("README.md", "samples/*.png", "loss.png", "corruption.json", "reconstruction.json")
+ADAPTERS = ("pytorch_lora_weights.safetensors", "adapter_config.json", "adapter_model.safetensors")
 TOKENS = "https://huggingface.co/settings/tokens"
 
 
@@ -107,7 +108,7 @@ def published(folder: Path) -> list[str]:
         components = [name for name, value in index.items() if isinstance(value, list) and not name.startswith("_")]
         weights += [f"{name}/*" for name in components]
     else:
-        weights = ["config.json", "diffusion_pytorch_model*"]
+        weights = ["config.json", "diffusion_pytorch_model*", *ADAPTERS]
     return [pattern for pattern in (*weights, *BESIDE_WEIGHTS) if any(folder.glob(pattern))]
 
 

@@ -1,6 +1,6 @@
 """Noise schedules by name: from flags, and of variances that are spelled out."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -34,6 +34,43 @@ def named_schedule(betas: Sequence[float] | torch.Tensor) -> dict | None:
     return None
 
 
+def schedule_of_scheduler(config: Mapping) -> dict:
+    """What to train with, of a scheduler of diffusers.
+
+    Args:
+        config: its configuration, with the defaults that the scheduler fills in.
+
+    Returns:
+        beta_schedule, beta_start, beta_end, prediction_type and num_train_timesteps.
+
+    Raises:
+        InputError: it has no such noise schedule, or one that cannot be trained with here.
+    """
+    require("beta_schedule" in config, "its scheduler has no noise schedule of betas, as flow matching has none.")
+    require(
+        not config.get("rescale_betas_zero_snr"),
+        "its scheduler rescales the betas to a signal-to-noise ratio of 0 (rescale_betas_zero_snr), which cannot be "
+        "trained with here.",
+    )
+    kept = {name: config[name] for name in ("beta_schedule", "beta_start", "beta_end", "prediction_type")}
+    kept["num_train_timesteps"] = config["num_train_timesteps"]
+    betas = config.get("trained_betas")
+    if betas is not None:  # they win over the names beside them
+        named = named_schedule(betas)
+        require(
+            named,
+            f"its scheduler spells out {len(betas)} betas (trained_betas) of no schedule that can be trained with "
+            "here.",
+        )
+        kept |= named | {"num_train_timesteps": len(betas)}
+    require(
+        kept["beta_schedule"] in BETA_SCHEDULES,
+        f"its scheduler's beta_schedule is {kept['beta_schedule']}, but only {', '.join(BETA_SCHEDULES)} can be "
+        "trained with here.",
+    )
+    return kept
+
+
 def build_objective(args: ObjectiveArguments, denoiser: str, preset: "Preset") -> tuple[DiffusionObjective, dict]:
     """The objective that flags ask for, and its noise schedule by the names that diffusers' schedulers use.
 
@@ -51,6 +88,11 @@ def build_objective(args: ObjectiveArguments, denoiser: str, preset: "Preset") -
     require(
         preset.prediction_type in (None, args.prediction_type),
         f"--prediction_type is {args.prediction_type}, but {denoiser} was trained for {preset.prediction_type}.",
+    )
+    require(
+        preset.num_train_timesteps in (None, args.num_train_timesteps),
+        f"--num_train_timesteps is {args.num_train_timesteps}, but {denoiser} was trained with "
+        f"{preset.num_train_timesteps}.",
     )
     try:
         betas = make_betas(*noise_schedule.values(), args.num_train_timesteps)

@@ -1,4 +1,4 @@
-"""Class labels to images through a pipeline, with a random stream of its own for every image.
+"""Class labels or prompts to images through a pipeline, with a random stream of its own for every image.
 
 Letters: N images, K classes.
 """
@@ -12,20 +12,25 @@ from contextlib import contextmanager
 
 import diffusers
 import torch
-from diffusers import DiffusionPipeline, DiTTransformer2DModel
+from diffusers import DiffusionPipeline, DiTTransformer2DModel, LCMScheduler
 from PIL import Image
 from tqdm import tqdm
 
 from noisycond import randomness
-from noisycond.errors import InputError, closest
+from noisycond.errors import InputError, closest, require
 from noisycond.first_stage import state_hash
 from noisycond.pipelines import LDMClassToImagePipeline, LDMTextToImagePipeline, OriginalDiTPipeline
 from noisycond.randomness import Purpose
 
 
+logger = logging.getLogger(__name__)
 OWN_PIPELINES = {
     kind.__name__: kind for kind in (LDMClassToImagePipeline, LDMTextToImagePipeline, OriginalDiTPipeline)
 }
+# What a text-to-image pipeline is called with here.
+TEXT_TO_IMAGE = ("prompt", "guidance_scale", "num_inference_steps", "generator")
+# Arguments that show that a pipeline which takes a prompt draws from more than that, or draws no images.
+MORE_THAN_A_PROMPT = ("image", "images", "mask_image", "control_image", "video", "num_frames", "audio_length_in_s")
 
 
 def balanced_labels(count: int, num_classes: int) -> torch.LongTensor:
@@ -38,9 +43,29 @@ def random_labels(count: int, num_classes: int, seed: int) -> torch.LongTensor:
     return randomness.randint(seed, Purpose.SAMPLED_CLASS, torch.arange(count), num_classes)
 
 
+def takes_prompts(pipeline: DiffusionPipeline) -> bool:
+    """Whether a pipeline draws from prompts, and not from class labels."""
+    return "prompt" in _parameters(pipeline)
+
+
+def _parameters(pipeline: DiffusionPipeline) -> set[str]:
+    return set(inspect.signature(pipeline.__call__).parameters)
+
+
+def _call(pipeline: DiffusionPipeline, conditions: Sequence[int | str], **options) -> list:
+    """What a pipeline returns as images."""
+    if not takes_prompts(pipeline):
+        return pipeline([int(label) for label in conditions], **options).images
+    if "use_resolution_binning" in _parameters(pipeline):
+        # It maps sizes to those that large models were trained with, and fails for others; images of the model's own
+        # size need no mapping.
+        options["use_resolution_binning"] = False
+    return pipeline(prompt=[str(prompt) for prompt in conditions], **options).images
+
+
 def sample(
     pipeline: DiffusionPipeline,
-    class_labels: Sequence[int],
+    conditions: Sequence[int] | Sequence[str],
     numbers: Sequence[int],
     *,
     seed: int,
@@ -50,16 +75,18 @@ def sample(
     """One batch of images.
 
     Args:
-        pipeline: a class-conditional pipeline (`DiTPipeline`, `LDMClassToImagePipeline`).
-        class_labels: a label per image. numbers: each image's number, from which, with the seed, its noise is drawn.
+        pipeline: a class-conditional pipeline (`DiTPipeline`, `LDMClassToImagePipeline`) or a text-to-image one.
+        conditions: a class label or a prompt per image, as the pipeline takes them.
+        numbers: each image's number, from which, with the seed, its noise is drawn.
     """
     generators = [randomness.generator_for(seed, Purpose.SAMPLING, int(number)) for number in numbers]
-    return pipeline(
-        [int(label) for label in class_labels],
+    return _call(
+        pipeline,
+        conditions,
         guidance_scale=guidance_scale,
         generator=generators,
         num_inference_steps=num_inference_steps,
-    ).images
+    )
 
 
 def class_rows(num_classes: int, per_class: int, limit: int = 10) -> list[int]:
@@ -69,29 +96,33 @@ def class_rows(num_classes: int, per_class: int, limit: int = 10) -> list[int]:
 
 
 def sample_all(
-    pipeline: DiffusionPipeline, class_labels: Sequence[int], *, batch_size: int = 50, **settings
+    pipeline: DiffusionPipeline, conditions: Sequence[int] | Sequence[str], *, batch_size: int = 50, **settings
 ) -> list[Image.Image]:
-    """Images 0 to N - 1 with these labels, in batches, with a progress bar; the settings are those of [`sample`]."""
+    """Images 0 to N - 1 with these class labels or prompts, in batches, with a progress bar; the settings are those
+    of [`sample`]."""
     images: list[Image.Image] = []
-    for first in tqdm(range(0, len(class_labels), batch_size), desc="sampling", unit="batch"):
-        labels = class_labels[first : first + batch_size]
-        images += sample(pipeline, labels, range(first, first + len(labels)), **settings)
+    for first in tqdm(range(0, len(conditions), batch_size), desc="sampling", unit="batch"):
+        batch = conditions[first : first + batch_size]
+        images += sample(pipeline, batch, range(first, first + len(batch)), **settings)
     return images
 
 
 def sample_from_noise(
     pipeline: DiffusionPipeline,
-    class_labels: Sequence[int],
+    conditions: Sequence[int] | Sequence[str],
     noise: torch.Tensor,
     *,
     guidance_scale: float,
     num_inference_steps: int,
     output_type: str = "pil",
+    step_seed: int | None = None,
 ):
     """Images that start from given noise, with the pipeline's own sampling loop.
 
     Args:
-        noise [N, C, h, w]: float32, of variance 1. output_type: one of the pipeline's.
+        conditions: a class label or a prompt per image. noise [N, C, h, w]: float32, of variance 1.
+        output_type: one of the pipeline's.
+        step_seed: for a scheduler that adds noise in its steps: it is drawn from this seed, the same for each image.
 
     Returns:
         What the pipeline returns as images, a list for `pil`.
@@ -100,25 +131,47 @@ def sample_from_noise(
         RuntimeError: the pipeline takes no `latents`, and its first noise is not drawn as in diffusers' `DiTPipeline`.
     """
     options = {"guidance_scale": guidance_scale, "num_inference_steps": num_inference_steps}
-    labels = [int(label) for label in class_labels]
-    if "latents" in inspect.signature(pipeline.__call__).parameters:
-        return pipeline(labels, latents=noise, output_type=output_type, **options).images
+    options["output_type"] = output_type
+    if step_seed is not None:
+        options["generator"] = [randomness.generator_for(step_seed, Purpose.LATENT_WALK, 0) for _ in conditions]
+    if "latents" in _parameters(pipeline):
+        if takes_prompts(pipeline):  # unlike ours, they do not bring it to their own precision
+            noise = noise.to(pipeline.device, pipeline.dtype)
+        return _call(pipeline, conditions, latents=noise, **options)
     with _first_draw(pipeline, noise):
-        return pipeline(labels, output_type=output_type, **options).images
+        return _call(pipeline, conditions, **options)
 
 
 def noise_shape(pipeline: DiffusionPipeline) -> tuple[int, int, int]:
-    """C, h and w of the noise that a pipeline's images start from."""
-    model = pipeline.transformer if hasattr(pipeline, "transformer") else pipeline.unet
-    size = model.config.sample_size
+    """C, h and w of the noise that a pipeline's images start from.
+
+    Raises:
+        InputError: neither a U-Net nor a transformer of the pipeline tells.
+    """
+    model = getattr(pipeline, "transformer", None) or getattr(pipeline, "unet", None)
+    size = None if model is None else model.config.get("sample_size")
+    if size is None:
+        raise InputError(
+            f"--pipeline: the configuration of a {type(pipeline).__name__} does not tell the size of its images "
+            "(sample_size of `unet` or `transformer`), so they can be drawn by generate.py but not measured from here."
+        )
     height, width = (size, size) if isinstance(size, int) else size
     return model.config.in_channels, height, width
 
 
 def image_size(pipeline: DiffusionPipeline) -> int:
-    """The side of a pipeline's images in pixels."""
-    first_stage = getattr(pipeline, "vae", None) or pipeline.vqvae
-    return noise_shape(pipeline)[1] * 2 ** (len(first_stage.config.block_out_channels) - 1)
+    """The side of a pipeline's images in pixels.
+
+    Raises:
+        InputError: see [`noise_shape`].
+    """
+    side = noise_shape(pipeline)[1]
+    first_stage = getattr(pipeline, "vae", None) or getattr(pipeline, "vqvae", None)
+    if first_stage is None:  # it draws pixels
+        return side
+    if hasattr(pipeline, "vae_scale_factor"):
+        return side * pipeline.vae_scale_factor
+    return side * 2 ** (len(first_stage.config.block_out_channels) - 1)
 
 
 @contextmanager
@@ -150,20 +203,45 @@ def open_pipeline(name_or_path: str, trust_remote_code: bool = False) -> Diffusi
     """The pipeline in a folder or on the Hub, in float32 and without progress bars. One of our own classes, exported
     here or in the layout of the released checkpoints, is opened by the installed class: no code of the folder is run.
 
+    A safety checker is left out, with a warning: it puts black images in the place of some, which metrics would count.
+
     Raises:
-        InputError: there is none, or it does not take class labels.
+        InputError: there is none, or it takes neither class labels nor prompts alone.
     """
     try:
         kind = OWN_PIPELINES.get(pipeline_class_name(name_or_path), DiffusionPipeline)
+        left_out = _safety_checker_left_out(name_or_path)
         with _without_the_note_on_id2label():
-            pipeline = kind.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
+            pipeline = kind.from_pretrained(name_or_path, trust_remote_code=trust_remote_code, **left_out)
     except (OSError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())
         raise InputError(f"--pipeline {name_or_path}: diffusers cannot open it ({reason}).") from error
-    if "class_labels" not in inspect.signature(pipeline.__call__).parameters:
-        raise InputError(f"--pipeline {name_or_path}: a {type(pipeline).__name__} does not take class labels.")
+    _refuse_other_conditions(pipeline, name_or_path)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def _safety_checker_left_out(name_or_path: str) -> dict:
+    """The options of `from_pretrained` that leave out a safety checker; none where the folder has none."""
+    if (DiffusionPipeline.load_config(name_or_path).get("safety_checker") or [None])[0] is None:
+        return {}
+    logger.warning(
+        "%s has a safety checker, which would put black images in the place of some: the pipeline is opened without "
+        "it, so that metrics see what the model draws.",
+        name_or_path,
+    )
+    return {"safety_checker": None, "requires_safety_checker": False}
+
+
+def _refuse_other_conditions(pipeline: DiffusionPipeline, name_or_path: str) -> None:
+    said, takes = f"--pipeline {name_or_path}: a {type(pipeline).__name__}", _parameters(pipeline)
+    if "class_labels" in takes:
+        return
+    require("prompt" in takes, f"{said} does not take class labels, nor prompts.")
+    more = [name for name in MORE_THAN_A_PROMPT if name in takes]
+    require(not more, f"{said} draws no images from prompts alone: it takes `{more[0] if more else ''}` too.")
+    lacking = [name for name in TEXT_TO_IMAGE if name not in takes]
+    require(not lacking, f"{said} cannot be drawn from: it does not take `{lacking[0] if lacking else ''}`.")
 
 
 @contextmanager
@@ -195,12 +273,32 @@ def set_scheduler(pipeline: DiffusionPipeline, name: str) -> None:
     """Swaps in another scheduler of diffusers by its class name, with the noise schedule of the present one.
 
     Raises:
-        InputError: diffusers has no such scheduler.
+        InputError: diffusers has no such scheduler, or the pipeline takes no other than its own.
     """
     known = [entry for entry in dir(diffusers) if entry.endswith("Scheduler")]
     if name not in known:
         raise InputError(f"--scheduler {name}: diffusers has no such scheduler{closest(name, known)}.")
+    require(
+        name == LCMScheduler.__name__ or "original_inference_steps" not in _parameters(pipeline),
+        f"--scheduler {name}: a {type(pipeline).__name__} samples by {LCMScheduler.__name__} alone; leave it off.",
+    )
     pipeline.scheduler = getattr(diffusers, name).from_config(pipeline.scheduler.config)
+
+
+def is_consistency_sampler(scheduler) -> bool:
+    """Whether a scheduler is that of a consistency model: its steps are a part of those it was distilled from, and
+    noise is drawn in each."""
+    return "original_inference_steps" in inspect.signature(scheduler.set_timesteps).parameters
+
+
+def check_steps(pipeline: DiffusionPipeline, num_inference_steps: int) -> None:
+    """Raises InputError where a consistency model is asked for more steps than it was distilled from."""
+    most = pipeline.scheduler.config.get("original_inference_steps")
+    require(
+        not is_consistency_sampler(pipeline.scheduler) or most is None or num_inference_steps <= most,
+        f"--num_inference_steps is {num_inference_steps}, but {type(pipeline.scheduler).__name__} takes at most "
+        f"{most} here (its original_inference_steps).",
+    )
 
 
 def number_of_classes(pipeline: DiffusionPipeline, name_or_path: str) -> int:
@@ -241,9 +339,12 @@ def known_classes(pipeline: DiffusionPipeline) -> int | None:
 
 
 def fingerprint(pipeline: DiffusionPipeline) -> str:
-    """A hash of all weights and of the scheduler's configuration: what images depend on beside the arguments."""
+    """A hash of all weights, vocabularies and the scheduler's configuration: what images depend on beside the
+    arguments."""
     digest = hashlib.sha256(json.dumps(dict(pipeline.scheduler.config), sort_keys=True, default=str).encode())
     for name, component in sorted(pipeline.components.items()):
         if isinstance(component, torch.nn.Module):
             digest.update(name.encode() + state_hash(component).encode())
+        elif hasattr(component, "get_vocab"):
+            digest.update(name.encode() + json.dumps(component.get_vocab(), sort_keys=True).encode())
     return digest.hexdigest()

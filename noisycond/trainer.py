@@ -4,10 +4,11 @@ It knows neither prediction type nor architecture; a script hands it a module, b
 """
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 from accelerate import Accelerator
 from torch import nn
@@ -55,6 +56,7 @@ def fit(
     resume_from: Path | None = None,
     tallies: dict[str, Tally] | None = None,
     looks: Sequence[tuple[Look | None, int]] = (),
+    learning_rates: Mapping[str, float] = MappingProxyType({}),
     average: AveragedWeights | None = None,
 ) -> FitResult:
     """Trains until --max_train_steps, or until a signal asks to stop; the main process's denoiser ends with
@@ -71,6 +73,7 @@ def fit(
         tallies: counts that are logged and saved.
         looks: what is done every so many steps (0: never) on the main process, with the step, while the denoiser has
             the averaged weights: drawing samples, evaluating. A dict that one returns is logged.
+        learning_rates: of parameters whose names start with a prefix, by prefix, instead of --learning_rate.
         average: is given the averaged weights, for a `compute_loss` that reads them; not where weights are sharded.
 
     Raises:
@@ -78,7 +81,7 @@ def fit(
             was asked for.
     """
     max_steps = steps_to_train(args, batches.num_examples, batches.global_batch_size)
-    state = TrainingState(denoiser, args, max_steps, accelerator, tallies or {}, batches, average)
+    state = TrainingState(denoiser, args, max_steps, accelerator, tallies or {}, batches, learning_rates, average)
     if resume_from is not None:
         state.load(resume_from)
     progress, saved_at = state.progress, state.progress.step
@@ -167,7 +170,8 @@ def announce(
     if args.inferred:
         values = ", ".join(f"{name} {value}" for name, value in args.inferred.items())
         logger.info("Values of the recipe %s that are our reading [inferred]: %s.", args.recipe, values)
-    logger.info("%s in %d classes.", images.describe(), len(images.source.class_names))
+    classes = len(images.source.class_names)
+    logger.info("%s%s.", images.describe(), f" in {classes} classes" if classes else "")
     logger.info("%.2f M trainable parameters on %s.", parameters / 1e6, accelerator.device)
     logger.info(
         "%d steps of %d examples (%d per process × %d accumulated × %d processes)%s.",

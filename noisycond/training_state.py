@@ -7,10 +7,11 @@ import itertools
 import json
 import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Protocol
 
 import torch
@@ -88,7 +89,10 @@ class TrainingState:
     Args:
         denoiser: what is trained; where it is sharded, a copy of it is, and it takes up the whole weights on the main
             process when they are asked for. max_steps: optimizer steps of the whole run. tallies: named counts.
-            batches: the data, whose place is saved too. average: is given the moving average.
+            batches: the data, whose place is saved too. learning_rates: see [`parameter_groups`]. average: is given
+            the moving average.
+
+    Parameters that are not trained (`requires_grad` is False) come from elsewhere, so no checkpoint holds them.
 
     Raises:
         InputError: an average is asked for and the weights are sharded.
@@ -102,6 +106,7 @@ class TrainingState:
         accelerator: Accelerator,
         tallies,
         batches,
+        learning_rates: Mapping[str, float] = MappingProxyType({}),
         average: AveragedWeights | None = None,
     ):
         self.batches = batches
@@ -116,8 +121,8 @@ class TrainingState:
         # Agreed on by all processes, unlike what each of them receives; see train_step.
         self.stopped_by: str | None = None
         self.names = [name for name, parameter in denoiser.named_parameters() if parameter.requires_grad]
-        parameters = [parameter for parameter in trained.parameters() if parameter.requires_grad]
-        self.optimizer = make_optimizer(parameters, args, accelerator.num_processes)
+        groups = parameter_groups(trained, args.learning_rate, learning_rates)
+        self.optimizer = make_optimizer(groups, args, accelerator.num_processes)
         # Not prepared by accelerate, which would step it once per process: here one optimizer step is one step.
         self.lr_schedule = get_scheduler(
             args.lr_scheduler,
@@ -307,12 +312,19 @@ class TrainingState:
 
     def _unwrapped_weights(self, models: list, weights: list, output_dir: str) -> None:
         # Without the wrapper's prefix, so that another number of processes can resume.
-        weights[:] = [self.accelerator.unwrap_model(model).state_dict() for model in models]
+        weights[:] = []
+        for model in map(self.accelerator.unwrap_model, models):
+            frozen = frozen_names(model)
+            weights.append({name: tensor for name, tensor in model.state_dict().items() if name not in frozen})
 
     def _load_unwrapped_weights(self, models: list, input_dir: str) -> None:
         while models:
-            state = load_file(Path(input_dir) / "model.safetensors")
-            self.accelerator.unwrap_model(models.pop()).load_state_dict(state)
+            model, state = (
+                self.accelerator.unwrap_model(models.pop()),
+                load_file(Path(input_dir) / "model.safetensors"),
+            )
+            held = {name: tensor for name, tensor in model.state_dict().items() if name in frozen_names(model)}
+            model.load_state_dict(held | state)
 
     def close(self) -> None:
         """Lets go of the accelerator's hooks, so that another run in this process can use it."""
@@ -336,8 +348,28 @@ def _to_device(batch: dict, device: torch.device) -> dict:
     }
 
 
-def make_optimizer(parameters: list[nn.Parameter], args: LoopArguments, num_processes: int) -> torch.optim.Optimizer:
-    """AdamW with the run's settings, in 8 bits where asked; `--scale_lr` multiplies by the global batch size."""
+def frozen_names(model: nn.Module) -> set[str]:
+    """Names of the parameters that are not trained."""
+    return {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+
+
+def parameter_groups(model: nn.Module, learning_rate: float, others: Mapping[str, float]) -> list[dict]:
+    """The trained parameters by learning rate, as an optimizer takes them; those with the common one come first.
+
+    Args:
+        others: learning rates of parameters whose names start with a prefix, by prefix.
+    """
+    groups: dict[float, list[nn.Parameter]] = {learning_rate: []}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            own = (rate for prefix, rate in others.items() if name.startswith(prefix))
+            groups.setdefault(next(own, learning_rate), []).append(parameter)
+    return [{"params": parameters, "lr": rate} for rate, parameters in groups.items() if parameters]
+
+
+def make_optimizer(groups: list[dict], args: LoopArguments, num_processes: int) -> torch.optim.Optimizer:
+    """AdamW with the run's settings, in 8 bits where asked; `--scale_lr` multiplies the learning rates by the global
+    batch size."""
     factor = args.train_batch_size * args.gradient_accumulation_steps * num_processes if args.scale_lr else 1
     if args.use_8bit_adam:
         from bitsandbytes.optim import AdamW8bit as optimizer_class
@@ -347,8 +379,7 @@ def make_optimizer(parameters: list[nn.Parameter], args: LoopArguments, num_proc
         # On CPU torch goes through the tensors one by one in Python unless told otherwise; the bits are the same.
         optimizer_class, options = torch.optim.AdamW, {"foreach": True}
     return optimizer_class(
-        parameters,
-        lr=args.learning_rate * factor,
+        [group | {"lr": group["lr"] * factor} for group in groups],
         betas=(args.adam_beta1, args.adam_beta2),
         weight_decay=args.adam_weight_decay,
         eps=args.adam_epsilon,

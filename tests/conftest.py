@@ -87,3 +87,14 @@ def trained(tmp_path_factory) -> Path:
     done = launch("train_class_cond", "--output_dir", folder)
     assert done.returncode == 0, done.stderr[-3000:]
     return folder
+
+
+@pytest.fixture(scope="session")
+def text_folders(tmp_path_factory):
+    """A folder with a small text-to-image pipeline of every family, by its name."""
+    import text_pipelines  # takes long
+
+    root = tmp_path_factory.mktemp("text_pipelines")
+    for kind in text_pipelines.FAMILIES:
+        text_pipelines.make(kind).save_pretrained(root / kind)
+    return root

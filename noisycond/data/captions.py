@@ -27,6 +27,7 @@ from noisycond.captions import (
 from noisycond.data.batches import collate
 from noisycond.data.caption_options import CaptionCorruptionArguments
 from noisycond.data.folder_index import Names
+from noisycond.data.images import BadImages
 from noisycond.data.rewriting import read_rewritings
 from noisycond.data.sources import ImageSource, Subset
 from noisycond.data.streams import Broken, RawExample, StreamSource, stable_key
@@ -36,7 +37,7 @@ from noisycond.randomness import Purpose
 
 logger = logging.getLogger(__name__)
 Encode = Callable[[list[str]], dict[str, torch.Tensor]]
-SHOWN = 3  # examples that a message names
+SHOWN = 3  # examples without a caption that a message names
 
 
 class Texts(Names):
@@ -186,6 +187,7 @@ class Captions:
         """What `token`, `shuffle` or `llm` make of a chosen example's caption of this number."""
         corruption, text = self.corruption, self.texts[number]
         if corruption.type == "llm":
+            assert self.rewritten is not None, "captions are rewritten before they are used"
             return _changed(text, self._rewriting(number) or text)
         epoch = corruption.epochs(epoch)
         others = other_examples(len(self), index, key=index, seed=corruption.seed, epoch=epoch)
@@ -246,44 +248,48 @@ class Captions:
             )
 
 
-def open_captions(args, source: ImageSource, mask_word: str = MASK_WORD) -> tuple[ImageSource, Captions, list[str]]:
-    """The captions of a source, as the flags say.
-
-    Returns:
-        The source without the examples that have no caption, the captions of those that are left, and the names of
-        those that are not.
+def open_captions(
+    args, source: ImageSource, bad_images: BadImages, mask_word: str = MASK_WORD
+) -> tuple[ImageSource, Captions]:
+    """The captions of a source, as the flags say, and the source without the examples that have none, which count as
+    bad images.
 
     Raises:
-        InputError: no such column, no text in it, no example with a caption, a file of rewritings that cannot be read,
-            or captions that are chosen for corruption and have no rewriting.
+        InputError: no such column, no text in it, more examples without a caption than --max_bad_images, a file of
+            rewritings that cannot be read, or captions that are chosen for corruption and have no rewriting.
     """
     captions, rewritten = source.captions(args.caption_column), None
-    column = getattr(args, "rewritten_caption_column", None)
+    column, file = (getattr(args, name, None) for name in ("rewritten_caption_column", "rewritten_captions"))
     if column is not None:
         rewritten = source.captions(column, "--rewritten_caption_column")
-        rewritten = [_paired(own, theirs) for own, theirs in zip(captions, rewritten, strict=True)]
-    kept = np.flatnonzero([any(own) for own in captions])
-    require(
-        len(kept),
-        f"--caption_column {args.caption_column}: none of the {len(captions)} examples has a caption.",
-    )
-    missing = [source.name(int(index)) for index in np.setdiff1d(np.arange(len(captions)), kept)]
-    if missing:
-        source = Subset(source, kept)
-    if rewritten is not None:
+        pairs = zip(captions, rewritten, strict=True)
         # Before empty captions go, whose rewritings go with them.
-        rewritten = [
-            [new for old, new in zip(captions[index], rewritten[index], strict=True) if old] for index in kept
-        ]
-    elif getattr(args, "rewritten_captions", None) is not None:
-        rewritten = read_rewritings(args.rewritten_captions)
-    captions = [[text for text in captions[index] if text] for index in kept]
-    labels = source.labels if source.class_names else None
-    made = Captions(captions, corruption_of(args, mask_word), labels, rewritten)
+        rewritten = [[new for old, new in zip(own, _paired(own, new), strict=True) if old] for own, new in pairs]
+    elif file is not None:
+        rewritten = read_rewritings(file)
+    captions = [[text for text in own if text] for own in captions]
+    kept = np.flatnonzero([bool(own) for own in captions])
+    if len(kept) < len(captions):
+        _leave_out(np.setdiff1d(np.arange(len(captions)), kept), args.caption_column, source, bad_images)
+        source, captions = Subset(source, kept), [captions[index] for index in kept]
+        rewritten = [rewritten[index] for index in kept] if isinstance(rewritten, list) else rewritten
+    made = Captions(captions, corruption_of(args, mask_word), source.labels if source.class_names else None, rewritten)
     if rewritten is not None:
-        flag = f"--rewritten_caption_column {column}" if column else f"--rewritten_captions {args.rewritten_captions}"
+        flag = f"--rewritten_caption_column {column}" if column else f"--rewritten_captions {file}"
         made.require_rewritings(flag, source.name)
-    return source, made, missing
+    return source, made
+
+
+def _leave_out(missing: np.ndarray, column: str, source: ImageSource, bad_images: BadImages) -> None:
+    """Counts examples without a caption and says so in one sentence."""
+    shown = ", ".join(source.name(int(index)) for index in missing[:SHOWN]) + (", …" if len(missing) > SHOWN else "")
+    what = f"{len(missing)} of {len(source)} examples have no caption in the column {column}: {shown}"
+    require(
+        len(missing) <= bad_images.limit and len(missing) < len(source),
+        f"{what}; --max_bad_images allows {bad_images.limit}. Mend or remove them, or allow more.",
+    )
+    logger.warning("Left out: %s.", what)
+    bad_images.add([f"{source.name(int(index))} (it has no caption)" for index in missing], quiet=True)
 
 
 def _paired(captions: Sequence[str], rewritten: Sequence[str]) -> list[str]:
@@ -388,7 +394,9 @@ class StreamCaptions:
                 captions[place] = Caption(texts[partner], True, same)
         return captions
 
-    def _corrupted(self, examples: list[RawExample], own: int, drawn: int, key: int, epoch: int) -> Caption | None:
+    def _corrupted(
+        self, examples: list[RawExample], keys: torch.Tensor, own: int, drawn: int, epoch: int
+    ) -> Caption | None:
         """What `token`, `shuffle` or `llm` make of an example's drawn caption; None where its rewriting is missing."""
         corruption, raw, text = self.corruption, examples[own], examples[own].captions[drawn]
         if corruption.type == "llm":

@@ -1,6 +1,5 @@
 """From flags to training batches: source, transform, first stage and latent cache put together."""
 
-import logging
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,12 +23,7 @@ from noisycond.data.latent_cache import default_cache_dir, open_latent_cache
 from noisycond.data.sources import ImageSource, check_number_of_classes, open_source
 from noisycond.data.stream_batches import StreamBatches, StreamedImages
 from noisycond.data.streams import StreamSource, open_stream
-from noisycond.errors import InputError
 from noisycond.first_stage import FirstStage
-
-
-logger = logging.getLogger(__name__)
-SHOWN = 3  # examples without a caption that a message names
 
 
 @dataclass
@@ -58,7 +52,7 @@ def open_training_data(args: DataArguments, keep_index: bool = True, mask_word: 
 
     Raises:
         InputError: see [`noisycond.data.sources.open_source`], [`noisycond.data.streams.open_stream`] and
-            [`noisycond.data.captions.open_captions`]; or more examples without a caption than --max_bad_images.
+            [`noisycond.data.captions.open_captions`].
     """
     transform = Transform(
         args.resolution, args.center_crop, args.random_flip, args.image_interpolation_mode, seed=args.seed
@@ -75,25 +69,10 @@ def open_training_data(args: DataArguments, keep_index: bool = True, mask_word: 
     source = open_source(args, keep_index=keep_index)
     facts = {}
     if isinstance(args, CaptionDataArguments):
-        source, captions, missing = open_captions(args, source, mask_word)
-        _count_missing(missing, bad_images)
+        source, captions = open_captions(args, source, bad_images, mask_word)
         facts = caption_facts(captions)
     facts |= {"dataset": source.fingerprint, "examples": len(source), "class_names": source.class_names}
     return TrainingData(LabelledImages(source, transform), bad_images, facts, captions)
-
-
-def _count_missing(names: list[str], bad_images: BadImages) -> None:
-    """Counts examples that were left out since they have no caption, and says so in one sentence."""
-    if not names:
-        return
-    shown = ", ".join(names[:SHOWN]) + (", …" if len(names) > SHOWN else "")
-    what = f"{len(names)} examples have no caption: {shown}"
-    if len(names) > bad_images.limit:
-        raise InputError(
-            f"{what}; that is more than --max_bad_images {bad_images.limit}. Mend or remove them, or allow more."
-        )
-    logger.warning("Left out: %s.", what)
-    bad_images.add([f"{name} (it has no caption)" for name in names], quiet=True)
 
 
 def open_batches(

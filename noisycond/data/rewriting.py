@@ -1,5 +1,6 @@
 """Rewritten captions: read from a file of JSON lines, or made with a language model into such a file."""
 
+import hashlib
 import json
 import logging
 from collections.abc import Iterator, Sequence
@@ -9,6 +10,7 @@ import torch
 from accelerate import Accelerator
 from tqdm import tqdm
 
+from noisycond.data.folder_index import user_cache
 from noisycond.errors import InputError, in_one_line, require, writing
 from noisycond.processes import on_main
 
@@ -199,6 +201,13 @@ def _kept(name: str, path: Path) -> dict[str, str]:
         "it by --rewritten_captions instead.",
     )
     return {row["caption"]: row["rewritten"] for row in rows if row and "caption" in row}
+
+
+def rewritings_file(args, data) -> Path:
+    """Where the rewritings of this dataset by this model are kept: in the user's cache, for every run that asks for
+    them; arguments as of [`rewrite_captions`]."""
+    told = f"{args.caption_rewriter}\0{data.facts['dataset']}\0{args.caption_column}"
+    return user_cache("rewritten") / f"{hashlib.sha256(told.encode()).hexdigest()[:20]}.jsonl"
 
 
 def rewrite_captions(args, data, path: Path, accelerator: Accelerator) -> None:

@@ -27,12 +27,14 @@ class ImageSource:
         class_names: K names, in the order of the labels; none where nothing says the classes, and all labels are 0.
         fingerprint: a string that tells one dataset from another, wherever it lies; a resumed run must share it.
         version: a string that also changes when files were touched; with the fingerprint it keys the latent cache.
+        texts: N texts that the images were drawn from, or None.
     """
 
     labels: np.ndarray
     class_names: list[str]
     fingerprint: str
     version: str = ""
+    texts: list[str] | None = None
 
     def __len__(self) -> int:
         return len(self.labels)

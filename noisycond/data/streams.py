@@ -264,7 +264,7 @@ class WebDatasetShards(StreamSource):
                     problem = problem or f"it has no label: its files are {files}"
             captions, rewritten = self._texts(fields, self.caption_column), self._texts(fields, self.rewritten_column)
             if self.caption_column is not None and not any(captions):
-                problem = problem or f"it has no caption: its files are {files}"
+                problem = problem or f"its caption is empty or missing: its files are {files}"
         except ValueError as error:
             problem = problem or str(error)
         return RawExample(key, key, image, label, problem, captions, rewritten)
@@ -459,7 +459,7 @@ class HubStream(StreamSource):
         try:
             captions, rewritten = self._texts(row, self.caption_column), self._texts(row, self.rewritten_column)
             if self.caption_column is not None and not any(captions):
-                problem = "it has no caption"
+                problem = "its caption is empty or missing"
         except ValueError as error:
             problem = str(error)
         return RawExample(name, None if stable is None else str(stable), image, label, problem, captions, rewritten)

@@ -28,6 +28,7 @@ class Preset:
         beta_schedule, beta_start, beta_end: as diffusers' schedulers name them.
         latent_channels, factor: of the first stage that the paper trains it with.
         prediction_type: what pretrained weights predict; None leaves the choice.
+        num_train_timesteps: what pretrained weights were trained with; None leaves the choice.
         text_encoder: the text encoder that a text-conditional denoiser is trained with; None leaves the choice.
     """
 
@@ -40,6 +41,7 @@ class Preset:
     latent_channels: int = 4
     factor: int = 8
     prediction_type: str | None = None
+    num_train_timesteps: int | None = None
     text_encoder: str | None = None
 
 

@@ -3,7 +3,7 @@
 Letters: B examples, L tokens, D the dimension of a token's embedding, P that of a pooled one.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -54,20 +54,27 @@ class Tokenizing:
     Args:
         tokenizers: one per text encoder, each padding to its own `max_lengths`.
         masked: whether the tokens come with an attention mask.
+        prepare: what is done to a caption first, a function that pickles.
     """
 
-    def __init__(self, tokenizers: Sequence[PreTrainedTokenizerBase], max_lengths: Sequence[int], masked: bool):
-        self.tokenizers, self.max_lengths, self.masked = tuple(tokenizers), tuple(max_lengths), masked
+    def __init__(
+        self,
+        tokenizers: Sequence[PreTrainedTokenizerBase],
+        max_lengths: Sequence[int],
+        masked: bool = False,
+        prepare: Callable[[str], str] | None = None,
+    ):
+        self.tokenizers, self.max_lengths = tuple(tokenizers), tuple(max_lengths)
+        self.masked, self.prepare = masked, prepare
 
     def __call__(self, texts: Sequence[str]) -> dict[str, torch.Tensor]:
         """B captions to `input_ids` int64 [B, L], `attention_mask` int64 [B, L] where it is used, the same with `_2`
         of a second encoder, and `is_truncated` bool [B]: the caption was longer than a tokenizer allows and was cut.
         """
+        texts = list(texts) if self.prepare is None else [self.prepare(text) for text in texts]
         encoded, is_truncated = {}, torch.zeros(len(texts), dtype=torch.bool)
         for number, (tokenizer, length) in enumerate(zip(self.tokenizers, self.max_lengths, strict=True)):
-            tokens = tokenizer(
-                list(texts), padding="max_length", max_length=length, truncation=True, return_tensors="pt"
-            )
+            tokens = tokenizer(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
             suffix = f"_{number + 1}" if number else ""
             encoded[f"input_ids{suffix}"] = tokens["input_ids"]
             if self.masked:
@@ -83,9 +90,9 @@ class TextEncoder(nn.Module):
     """Text encoder(s) of transformers with their tokenizer(s). This one gives the last hidden states of one encoder
     that is not told about padding, as LDM's pipeline encodes prompts; others inherit from it.
 
-    A frozen encoder stays in eval mode whatever `train()` says. A trained one has its dropout switched off in its
-    configuration, where it is opened: torch's dropout draws from the global generator, so a resumed run, or one on
-    more processes, would see other draws.
+    A frozen encoder stays in eval mode whatever `train()` says. A trained one has its dropout switched off, in its
+    configuration too: torch's dropout draws from the global generator, so a resumed run, or one on more processes,
+    would see other draws.
 
     Args:
         models: the text encoders.
@@ -102,17 +109,25 @@ class TextEncoder(nn.Module):
     def __init__(self, models: Sequence[PreTrainedModel], encode: Tokenizing | None, name: str, trained: bool = False):
         super().__init__()
         self.models = nn.ModuleList(models)
+        self._parked: tuple[PreTrainedModel, ...] = ()
         self.encode, self.name, self.is_trained = encode, name, trained
         self.embedding_dropout, self.seed = 0.0, 0
         self.requires_grad_(trained)
         if trained:
+            for model in self.models:
+                switch_off_dropout(model)
             self._freeze_unused()
         self.train(self.training)
 
     @property
+    def encoders(self) -> tuple[PreTrainedModel, ...]:
+        """The text encoders, put aside or not."""
+        return self._parked or tuple(self.models)
+
+    @property
     def dim(self) -> int:
         """D."""
-        return self.models[0].config.hidden_size
+        return self.encoders[0].config.hidden_size
 
     @property
     def pooled_dim(self) -> int | None:
@@ -139,6 +154,13 @@ class TextEncoder(nn.Module):
             self.models.eval()
         return self
 
+    def park(self) -> None:
+        """Puts frozen encoders aside, on the CPU, once all that is read are cached embeddings: they are then no part
+        of this module, and neither moved to a device nor saved with it."""
+        if self.is_trained:
+            raise ValueError("a text encoder that is trained cannot be put aside.")
+        self._parked, self.models = tuple(model.cpu() for model in self.encoders), nn.ModuleList()
+
     def null(self) -> dict[str, torch.Tensor]:
         """The empty prompt, as `encode` gives it but without `is_truncated`: each [1, ...]."""
         encoded = self.encode([""])
@@ -152,7 +174,15 @@ class TextEncoder(nn.Module):
 
     def embed(self, condition: dict) -> TextEmbedding:
         """Tokens, as `encode` gives them, to embeddings."""
-        return TextEmbedding(self.models[0](condition["input_ids"].to(self.device))[0])
+        return self._read(condition)
+
+    def _read(self, condition: dict) -> TextEmbedding:
+        return TextEmbedding(self._run(self.models[0], condition)[0])
+
+    def _run(self, model: PreTrainedModel, condition: dict, suffix: str = "", **options):
+        mask = condition.get(f"attention_mask{suffix}")
+        tokens = condition[f"input_ids{suffix}"].to(self.device)
+        return model(tokens, attention_mask=None if mask is None else mask.to(self.device), **options)
 
     def forward(self, condition: dict, keys: torch.Tensor | None = None) -> TextEmbedding:
         """Tokens, or embeddings that were encoded before (`sequence`, `mask` and `pooled`, of a cache), to what the
@@ -178,7 +208,8 @@ class TextEncoder(nn.Module):
 
     def _probe(self) -> dict[str, torch.Tensor]:
         """One example of few tokens, on the meta device."""
-        return {"input_ids": torch.zeros(1, 2, dtype=torch.int64, device="meta")}
+        tokens = torch.zeros(1, 2, dtype=torch.int64, device="meta")
+        return {f"input_ids{f'_{number + 1}' if number else ''}": tokens for number in range(len(self.models))}
 
     def _freeze_unused(self) -> None:
         """Takes the gradients of parameters that no embedding depends on: DDP refuses a parameter without one, and
@@ -187,7 +218,7 @@ class TextEncoder(nn.Module):
             name: torch.empty_like(value, device="meta").requires_grad_() for name, value in self.named_parameters()
         }
         buffers = {name: value.to("meta") for name, value in self.named_buffers()}
-        embedding = torch.func.functional_call(_Embedding(self), {
+        embedding = torch.func.functional_call(_Reading(self), {
             f"encoder.{name}": value for name, value in (parameters | buffers).items()
         }, (self._probe(),))  # fmt: skip
         total = sum(part.sum() for part in (embedding.sequence, embedding.pooled) if part is not None)
@@ -196,25 +227,70 @@ class TextEncoder(nn.Module):
             value.requires_grad_(gradient is not None)
 
 
-class _Embedding(nn.Module):
-    """Calls an encoder's `embed`."""
+class MaskedTextEncoder(TextEncoder):
+    """Gives the last hidden states of one encoder that leaves padding out, and the mask, by which the denoiser leaves
+    it out too, as PixArt-α's pipeline encodes prompts."""
+
+    def embed(self, condition: dict) -> TextEmbedding:
+        return super().embed(condition)._replace(mask=condition["attention_mask"].to(self.device))
+
+
+class PairedTextEncoder(TextEncoder):
+    """Gives the last but one hidden states of two encoders side by side, and the pooled embedding of the second, as
+    SDXL's pipeline encodes prompts.
+
+    Args:
+        zero_null: whether an example without a condition gets embeddings of 0, as SDXL's pipeline does where its
+            `force_zeros_for_empty_prompt` is on, instead of those of the empty prompt.
+    """
+
+    def __init__(self, *args, zero_null: bool = True, **options):
+        super().__init__(*args, **options)
+        self.zero_null = zero_null
+
+    @property
+    def dim(self) -> int:
+        return sum(model.config.hidden_size for model in self.encoders)
+
+    @property
+    def pooled_dim(self) -> int:
+        return self.encoders[-1].config.projection_dim
+
+    def embed(self, condition: dict) -> TextEmbedding:
+        embedding = super().embed(condition)
+        if not self.zero_null:
+            return embedding
+        kept = ~self.is_null(condition).to(self.device)
+        return TextEmbedding(embedding.sequence * kept[:, None, None], pooled=embedding.pooled * kept[:, None])
+
+    def _read(self, condition: dict) -> TextEmbedding:
+        outputs = [
+            self._run(model, condition, suffix, output_hidden_states=True)
+            for model, suffix in zip(self.models, ("", "_2"), strict=True)
+        ]
+        sequence = torch.cat([output.hidden_states[-2] for output in outputs], dim=-1)
+        return TextEmbedding(sequence, pooled=outputs[-1][0])
+
+
+class _Reading(nn.Module):
+    """Calls an encoder's models."""
 
     def __init__(self, encoder: TextEncoder):
         super().__init__()
         self.encoder = encoder
 
     def forward(self, condition: dict) -> TextEmbedding:
-        return self.encoder.embed(condition)
+        return self.encoder._read(condition)
 
 
-def without_dropout(config: PretrainedConfig) -> PretrainedConfig:
-    """The configuration with every probability of dropout at 0, those of parts included."""
-    for name, value in list(vars(config).items()):
-        if isinstance(value, PretrainedConfig):
-            without_dropout(value)
-        elif ("dropout" in name or "layerdrop" in name) and isinstance(value, float):
-            setattr(config, name, 0.0)
-    return config
+def switch_off_dropout(model: PreTrainedModel) -> None:
+    """Sets every probability of dropout to 0, in the model's configuration, which is exported, and in its modules."""
+    for part in (model.config, *model.modules()):
+        for name, value in list(vars(part).items()):
+            if "drop" in name and isinstance(value, float):
+                setattr(part, name, 0.0)
+        if isinstance(part, nn.Dropout):
+            part.p = 0.0
 
 
 def open_text_encoder(name: str, trained: bool) -> TextEncoder:
@@ -237,8 +313,6 @@ def open_text_encoder(name: str, trained: bool) -> TextEncoder:
         raise InputError(_unusable(name, error)) from error
     kind = _class_of(name, config)
     require(tokenizer.pad_token_id is not None, f"--text_encoder {name}: its tokenizer has no padding token.")
-    if trained:
-        config = without_dropout(config)
     try:
         if _has_weights(location):
             model = kind.from_pretrained(location, config=config, dtype=torch.float32)
@@ -254,7 +328,7 @@ def open_text_encoder(name: str, trained: bool) -> TextEncoder:
         f"--text_encoder {name}: its tokenizer has {len(tokenizer)} tokens, but its model only knows "
         f"{model.config.vocab_size}.",
     )
-    encode = Tokenizing([tokenizer], [tokenizer.model_max_length], masked=False)
+    encode = Tokenizing([tokenizer], [tokenizer.model_max_length])
     return TextEncoder([model], encode, name, trained)
 
 

@@ -36,6 +36,14 @@ class UNetBackbone(nn.Module):
         self.model = UNet2DConditionModel(**config)
         self.initialize()
 
+    @classmethod
+    def around(cls, model: UNet2DConditionModel) -> "UNetBackbone":
+        """A backbone that trains a U-Net as it is."""
+        backbone = cls.__new__(cls)
+        nn.Module.__init__(backbone)
+        backbone.model = model
+        return backbone
+
     @staticmethod
     def check(config: dict, latent_size: int, num_classes: int) -> None:
         """Raises InputError where the latents cannot be halved once per level but the last."""

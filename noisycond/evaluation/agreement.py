@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from PIL import Image
+from tqdm import tqdm
 
 from noisycond.errors import InputError, in_one_line, require
 from noisycond.evaluation.estimates import Estimate
@@ -116,12 +117,8 @@ class ClipScore:
         )
         if not images:
             return torch.zeros(0)
-        different = list(dict.fromkeys(prompts))
-        texts = self.embed_texts(different)
-        places = {prompt: place for place, prompt in enumerate(different)}
-        chosen = torch.tensor([places[prompt] for prompt in prompts])
         pictures = torch.cat([self._embed_images(images[rows]) for rows in self._batches(len(images))])
-        return self.compare(pictures, texts[chosen])
+        return self.compare(pictures, self.embed_each(prompts))
 
     def settings(self) -> dict:
         """What decides the scores, as JSON values."""
@@ -135,7 +132,14 @@ class ClipScore:
 
     def embed_texts(self, prompts: Sequence[str]) -> torch.Tensor:
         """Unit embeddings of prompts, float32 [B, E]."""
-        return torch.cat([self._embed_texts(list(prompts[rows])) for rows in self._batches(len(prompts))])
+        batches = tqdm(self._batches(len(prompts)), desc="CLIP's prompts", unit="batch", leave=False, delay=2)
+        return torch.cat([self._embed_texts(list(prompts[rows])) for rows in batches])
+
+    def embed_each(self, prompts: Sequence[str]) -> torch.Tensor:
+        """Unit embeddings of prompts, float32 [B, E]; what comes several times is encoded once."""
+        different = list(dict.fromkeys(prompts))
+        places = {prompt: place for place, prompt in enumerate(different)}
+        return self.embed_texts(different)[torch.tensor([places[prompt] for prompt in prompts])]
 
     def compare(self, pictures: torch.Tensor, texts: torch.Tensor) -> torch.Tensor:
         """Scores float32 [M], in [0, w], of unit embeddings of images and of their prompts, each float32 [M, E]."""

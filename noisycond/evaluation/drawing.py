@@ -15,6 +15,7 @@ from noisycond.data.sources import ImageSource
 from noisycond.errors import require
 from noisycond.evaluation.images import open_images
 from noisycond.generation import ImageSettings, OpenPipeline, draw_images, open_for_drawing
+from noisycond.prompts import Prompts
 
 
 @dataclass(frozen=True)
@@ -108,11 +109,13 @@ def draw_sets(
     folder: Path,
     accelerator: Accelerator,
     check: Callable[[OpenPipeline], None] = lambda opened: None,
+    prompts: Prompts | None = None,
 ) -> list[ImageSet]:
     """Draws the images of each pipeline at each guidance scale and seed that the folder lacks.
 
     Args:
         check: called with each pipeline before anything is drawn from it; raises InputError to refuse it.
+        prompts: what text-to-image pipelines draw; None where they are class-conditional.
 
     Raises:
         InputError: a pipeline cannot be opened, or the folder holds images of something else.
@@ -121,7 +124,7 @@ def draw_sets(
     for subject in subjects:
         for number, member in enumerate(subject.members):
             place = file_name(subject.label) + (f"-{number}" if len(subject.members) > 1 else "")
-            opened = open_for_drawing(member, args, accelerator)
+            opened = open_for_drawing(member, args, accelerator, prompts)
             check(opened)
             for scale in guidance_scales:
                 for seed in seeds:

@@ -17,7 +17,7 @@ from noisycond import randomness
 from noisycond.errors import require
 from noisycond.pictures import image_grid
 from noisycond.randomness import Purpose
-from noisycond.sampling import noise_shape, sample_from_noise
+from noisycond.sampling import is_consistency_sampler, noise_shape, sample_from_noise
 
 
 CAPTION_SIZE = 15  # pixels
@@ -84,7 +84,7 @@ def nearest_neighbours(
 
 def circular_walk(
     pipeline: DiffusionPipeline,
-    class_label: int,
+    condition: int | str,
     *,
     positions: int = 20,
     seed: int = 0,
@@ -92,15 +92,17 @@ def circular_walk(
     num_inference_steps: int = 25,
     batch_size: int = 20,
 ) -> list[Image.Image]:
-    """Images of one class along a circle of noise, after arXiv:2405.20494: position i of P starts from
+    """Images of one class or prompt along a circle of noise, after arXiv:2405.20494: position i of P starts from
     cos(2πi/P) a + sin(2πi/P) b, with a and b two noise images; see [`circle_of_noise`].
 
     DDIM without noise of its own (η = 0) samples, with the noise schedule of the pipeline's scheduler, so that an
-    image depends on its starting noise alone. The same seed gives every pipeline of the same latent shape the same
-    circle.
+    image depends on its starting noise alone. A scheduler that DDIM cannot stand in for (of a consistency model, of
+    flow matching) is kept; noise in its steps is the same for all images. The same seed gives every pipeline of the
+    same latent shape the same circle.
 
     Args:
-        pipeline: a class-conditional pipeline (`DiTPipeline`, `LDMClassToImagePipeline`); keeps its scheduler.
+        pipeline: a class-conditional or text-to-image pipeline; keeps its scheduler.
+        condition: the class label or the prompt.
         positions: P; the one after the last would be the first again. batch_size: images drawn at a time.
 
     Raises:
@@ -111,9 +113,11 @@ def circular_walk(
     noise = circle_of_noise(seed, noise_shape(pipeline), angles)
     settings = {"guidance_scale": guidance_scale, "num_inference_steps": num_inference_steps}
     images: list[Image.Image] = []
-    with _ddim(pipeline):
+    with _ddim(pipeline) as takes_ddim:
+        step_seed = None if takes_ddim else seed
         for batch in noise.split(batch_size):
-            images += sample_from_noise(pipeline, [class_label] * len(batch), batch, **settings)
+            conditions = [condition] * len(batch)
+            images += sample_from_noise(pipeline, conditions, batch, step_seed=step_seed, **settings)
     return images
 
 
@@ -155,13 +159,16 @@ def save_walk(
 
 @contextmanager
 def _ddim(pipeline: DiffusionPipeline):
-    """A context in which the pipeline samples by DDIM."""
+    """A context in which the pipeline samples by DDIM where that can stand in for its scheduler; says whether."""
     before = pipeline.scheduler
+    if is_consistency_sampler(before) or DDIMScheduler not in {type(before), *before.compatibles}:
+        yield False
+        return
     # DDIM clips x_0 unless told otherwise, which is wrong for latents.
     clip = before.config.get("clip_sample", False)
     pipeline.scheduler = DDIMScheduler.from_config(before.config, clip_sample=clip)
     try:
-        yield
+        yield True
     finally:
         pipeline.scheduler = before
 

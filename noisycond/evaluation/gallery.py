@@ -12,6 +12,8 @@ from noisycond.evaluation.neighbours import nearest
 from noisycond.evaluation.references import RealImages
 from noisycond.evaluation.suite import Evidence
 from noisycond.generation import open_for_drawing
+from noisycond.prompts import Prompts
+from noisycond.sampling import is_consistency_sampler
 
 
 CANDIDATES = 2000  # generated images among which the most memorized are looked for
@@ -26,12 +28,13 @@ def draw_figures(
     train: RealImages | None,
     folder: Path,
     resize: Resize,
+    prompts: Prompts | None = None,
 ) -> list[Path]:
     """Draws samples.png, of every label and guidance scale, memorized-<label>.png where there are training images, and
     walk-<label>.png and .webp of each pipeline; all of the first run and seed, the latter two of the first scale.
 
     Args:
-        args: the arguments of evaluate_model.py. evidence: of each set.
+        args: the arguments of evaluate_model.py. evidence: of each set. prompts: of text-to-image pipelines.
 
     Returns:
         What was written.
@@ -47,7 +50,7 @@ def draw_figures(
         if train is not None and train.source is not None and seen.train is not None:
             written.append(draw_memorized(image_set, seen, train, resize, folder / f"memorized-{place}.png"))
         if image_set.option == "--pipeline":
-            written += draw_walk(args, image_set, folder / f"walk-{place}.png")
+            written += draw_walk(args, image_set, folder / f"walk-{place}.png", prompts)
     return written
 
 
@@ -90,14 +93,19 @@ def draw_memorized(image_set: ImageSet, seen: Evidence, train: RealImages, resiz
     return path
 
 
-def draw_walk(args, image_set: ImageSet, path: Path) -> list[Path]:
-    """A circular walk of the class --walk_class, as a strip and as an animation."""
-    opened = open_for_drawing(image_set.member, args, Accelerator())
+def draw_walk(args, image_set: ImageSet, path: Path, prompts: Prompts | None = None) -> list[Path]:
+    """A circular walk of the class --walk_class, or of the prompt --walk_prompt (by default the first), as a strip and
+    as an animation."""
+    opened = open_for_drawing(image_set.member, args, Accelerator(), prompts)
+    condition = args.walk_class if prompts is None else args.walk_prompt or prompts.texts[0]
+    # A consistency model is good at the number of steps that it is measured with.
+    steps = {"num_inference_steps": args.num_inference_steps}
     images = circular_walk(
         opened.pipeline,
-        args.walk_class,
+        condition,
         seed=image_set.seed,
         guidance_scale=image_set.guidance_scale,
+        **(steps if is_consistency_sampler(opened.pipeline.scheduler) else {}),
     )
     save_walk(images, path, path.with_suffix(".webp"))
     return [path, path.with_suffix(".webp")]

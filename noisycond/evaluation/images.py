@@ -47,11 +47,12 @@ class Resize:
 
 
 class ListedImages(ImageSource):
-    """Images of a folder without one sub-folder per class. Their labels come from a `metadata.jsonl`, as generate.py
-    writes it, and are absent without one.
+    """Images of a folder without one sub-folder per class. Their texts and labels come from a `metadata.jsonl`, as
+    generate.py writes it, and are absent without one.
 
     Attributes:
-        labels [N]: int64, or None. class_names: of the pipeline that drew them, or None.
+        labels [N]: int64, or None. class_names: of the pipeline or prompts that they were drawn by, or None.
+        texts: N texts, or None.
 
     Raises:
         InputError: there is no image, a listed one is missing, or the list is damaged.
@@ -61,7 +62,7 @@ class ListedImages(ImageSource):
         self.root, self.labels, self.class_names = root, None, None
         listing = root / "metadata.jsonl"
         if listing.exists():
-            self.names, self.labels = _read_listing(option, listing)
+            self.names, self.labels, self.texts = _read_listing(option, listing)
         else:
             self.names = sorted(path.name for path in root.iterdir() if path.name.lower().endswith(IMG_EXTENSIONS))
         require(self.names, f"{option} {root}: there is no image; the extensions are {', '.join(IMG_EXTENSIONS)}.")
@@ -79,6 +80,7 @@ class ListedImages(ImageSource):
                 ) from None
             digest.update(f"{name}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
         digest.update(b"" if self.labels is None else self.labels.tobytes())
+        digest.update(b"" if self.texts is None else json.dumps(self.texts).encode())
         self.fingerprint = digest.hexdigest()
 
     def __len__(self) -> int:
@@ -92,7 +94,7 @@ class ListedImages(ImageSource):
         return str(self.root / self.names[index])
 
 
-def _read_listing(option: str, listing: Path) -> tuple[list[str], np.ndarray | None]:
+def _read_listing(option: str, listing: Path) -> tuple[list[str], np.ndarray | None, list[str] | None]:
     try:
         rows = [json.loads(line) for line in listing.read_text(encoding="utf-8").splitlines() if line.strip()]
         names = [row["file_name"] for row in rows]
@@ -103,9 +105,12 @@ def _read_listing(option: str, listing: Path) -> tuple[list[str], np.ndarray | N
         f"{option} {listing.parent}: {listing.name} is damaged (a file_name is no text).",
     )
     labels = [row.get("label") for row in rows]
-    if any(not isinstance(label, int) for label in labels):
-        return names, None
-    return names, np.array(labels, dtype=np.int64)
+    texts = [row.get("text") for row in rows]
+    return (
+        names,
+        np.array(labels, dtype=np.int64) if all(isinstance(label, int) for label in labels) else None,
+        texts if all(isinstance(text, str) for text in texts) else None,
+    )
 
 
 def _read_class_names(option: str, made: Path) -> list[str] | None:

@@ -24,11 +24,12 @@ from noisycond.errors import InputError, require
 from noisycond.evaluation.images import Resize
 from noisycond.evaluation.instruments import Extraction, Instruments
 from noisycond.evaluation.metrics import METRICS, check_names
-from noisycond.evaluation.model_index import add_results_to_card, model_index_results
+from noisycond.evaluation.model_index import TASK, TEXT_TASK, add_results_to_card, model_index_results
 from noisycond.evaluation.options import MetricArguments
 from noisycond.evaluation.references import open_real
 from noisycond.evaluation.suite import compute, families_of, needs_train, refuse
 from noisycond.pictures import plot_over_steps
+from noisycond.prompts import Prompts, open_prompts
 from noisycond.run_folder import RunFolder
 
 
@@ -67,12 +68,64 @@ class EvaluationArguments(Arguments):
             )
 
 
-class DrawnImages(ImageSource):
-    """Images in memory, as a pipeline returns them."""
+@dataclass
+class TextEvaluationArguments(EvaluationArguments):
+    """The flags of an evaluation while a text-to-image model trains."""
 
-    def __init__(self, images: Sequence[Image.Image], labels: Sequence[int], class_names: list[str]):
-        self.images, self.labels, self.class_names = images, np.array(labels, dtype=np.int64), class_names
+    eval_prompts: str | None = flag(
+        None, "As --prompts of evaluate_model.py; the default for digits is `digits:unseen`."
+    )
+    eval_prompt_column: str | None = flag(None, "As --prompt_column of evaluate_model.py.")
+    eval_prompt_split: str | None = flag(None, "As --prompt_split of evaluate_model.py.")
+    eval_clip_model: str | None = flag(None, "As --clip_model of evaluate_model.py.")
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("eval_prompts", "eval_prompt_column", "eval_prompt_split", "eval_clip_model"):
+            require(
+                self.eval_steps > 0 or getattr(self, name) is None, f"--{name} has no effect without --eval_steps."
+            )
+        for name in ("eval_prompt_column", "eval_prompt_split"):
+            require(
+                self.eval_prompts is not None or getattr(self, name) is None,
+                f"--{name} has no effect without --eval_prompts.",
+            )
+        require(
+            self.eval_clip_model is None or "clip_score" in self.eval_metrics,
+            "--eval_clip_model has no effect without --eval_metrics clip_score.",
+        )
+
+
+def evaluation_prompts(args) -> Prompts:
+    """The prompts of an evaluation during training.
+
+    Args:
+        args: the arguments of a training script, among them [`TextEvaluationArguments`].
+
+    Raises:
+        InputError: there are none, or see [`noisycond.prompts.open_prompts`].
+    """
+    name = args.eval_prompts or ("digits:unseen" if args.dataset_name == "digits" else None)
+    require(name is not None, "--eval_steps needs --eval_prompts: what is to be drawn.")
+    return open_prompts("--eval_prompts", name, args.eval_prompt_split, args.eval_prompt_column)
+
+
+class DrawnImages(ImageSource):
+    """Images in memory, as a pipeline returns them, with labels int64 [N], class names and texts where known."""
+
+    def __init__(
+        self,
+        images: Sequence[Image.Image],
+        labels: Sequence[int] | None,
+        class_names: list[str] | None,
+        texts: list[str] | None = None,
+    ):
+        self.images, self.class_names, self.texts = images, class_names, texts
+        self.labels = None if labels is None else np.array(labels, dtype=np.int64)
         self.fingerprint = hashlib.sha256(b"".join(image.tobytes() for image in images)).hexdigest()
+
+    def __len__(self) -> int:
+        return len(self.images)
 
     def read(self, index: int, resolution: int | None = None) -> Image.Image:
         return self.images[index].convert("RGB")
@@ -85,21 +138,28 @@ class TrainingEvaluation:
     """Draws images and measures them against real ones, whose features are extracted once.
 
     Args:
-        args: the arguments of a training script, among them [`EvaluationArguments`]. class_names: K names.
+        args: the arguments of a training script, among them [`EvaluationArguments`].
+        class_names: K names, of a class-conditional model. prompts: of a text-to-image model, instead.
     """
 
-    def __init__(self, args, class_names: list[str]):
-        self.args, self.class_names = args, class_names
+    def __init__(self, args, class_names: list[str] | None = None, prompts: Prompts | None = None):
+        if (class_names is None) == (prompts is None):
+            raise ValueError("an evaluation is of class names or of prompts")
+        self.args, self.prompts = args, prompts
+        self.class_names = class_names if prompts is None else prompts.class_names
+        chosen = getattr(args, "eval_clip_model", None)
+        clip = {} if chosen is None else {"clip_model": chosen}
         self.options = MetricArguments(
             metrics=list(args.eval_metrics),
             feature_extractor=args.eval_feature_extractor,
             extractor_weights=args.eval_extractor_weights,
             metric_seed=args.seed,
+            **clip,
         )
 
     def prepare(self, device: torch.device) -> None:
-        """Opens what is looked through and extracts the features of the real images, of the model's classes where
-        both have names. On the main process only.
+        """Opens what is looked through and extracts the features of the real images, of the model's classes (or the
+        prompts') where both have names. On the main process only.
 
         Raises:
             InputError: weights or real images are missing, or a metric cannot be computed.
@@ -117,7 +177,9 @@ class TrainingEvaluation:
                 if given is not None and given.source is not None:
                     given.source = self._of_the_same_classes(given.source)
             count = None if self.real.source is None else len(self.real.source)
-            here = instruments.foreseen(self.options, self.real, train, labelled=True, named=True)
+            labelled = self.prompts is None or self.prompts.labels is not None
+            named, texts = self.class_names is not None, self.prompts is not None
+            here = instruments.foreseen(self.options, self.real, train, labelled, named, texts)
             refuse(self.options, here, args.eval_num_images, count)
             self.reference = self.real.measure(self.extraction)
             self.train = None
@@ -126,7 +188,7 @@ class TrainingEvaluation:
 
     def _of_the_same_classes(self, source: ImageSource) -> ImageSource:
         names = source.class_names
-        if source.labels is None or names is None or not set(self.class_names) < set(names):
+        if source.labels is None or names is None or not set(self.class_names or names) < set(names):
             return source
         kept = [label for label, name in enumerate(names) if name in set(self.class_names)]
         return Subset(source, np.flatnonzero(np.isin(source.labels, kept)), kept)
@@ -136,10 +198,10 @@ class TrainingEvaluation:
         cannot be computed, which is logged: a model may draw what has no metric without the training being in vain.
         """
         args = self.args
-        labels = sampling.balanced_labels(args.eval_num_images, len(self.class_names)).tolist()
+        labels, texts = self._conditions()
         images = sampling.sample_all(
             pipeline,
-            labels,
+            labels if texts is None else texts,
             seed=args.seed,
             guidance_scale=args.validation_guidance_scale,
             num_inference_steps=args.validation_inference_steps,
@@ -147,7 +209,7 @@ class TrainingEvaluation:
         found = {}
         try:
             with _flags_of_training():
-                source = DrawnImages(images, labels, self.class_names)
+                source = DrawnImages(images, labels, self.class_names, texts)
                 evidence = self.extraction.evidence("--eval_steps", source)
                 evidence.reference, evidence.train = self.reference, self.train
                 for family in families_of(self.options.metrics):
@@ -158,6 +220,15 @@ class TrainingEvaluation:
             return {}
         return {name: found[name] for name in self.options.metrics} | {"settings": self.settings()}
 
+    def _conditions(self) -> tuple[list[int] | None, list[str] | None]:
+        """Labels and texts of the images that are drawn, in turn; None where there are none."""
+        count, prompts = self.args.eval_num_images, self.prompts
+        if prompts is None:
+            return sampling.balanced_labels(count, len(self.class_names)).tolist(), None
+        places = prompts.places(count)
+        labels = None if prompts.labels is None else prompts.labels[places].tolist()
+        return labels, [prompts.texts[place] for place in places]
+
     def settings(self) -> dict:
         """The choices behind the values, as JSON values."""
         args = self.args
@@ -167,7 +238,7 @@ class TrainingEvaluation:
             "guidance_scale": args.validation_guidance_scale,
             "num_inference_steps": args.validation_inference_steps,
             "feature_extractor": self.extraction.instruments.extractor.name,
-        }
+        } | ({} if self.prompts is None else {"prompts": self.prompts.settings()})
 
     def at_the_end(self, pipeline: DiffusionPipeline, run: RunFolder, step: int) -> None:
         """Measures the exported weights, unless that was done with the same choices, draws the metrics over steps and
@@ -202,7 +273,15 @@ class TrainingEvaluation:
             "num_inference_steps": args.validation_inference_steps,
             "feature_extractor": self.extraction.instruments.extractor.name,
         }
-        return model_index_results([row], public_name(real["name"]), dataset_split=real.get("split"), settings=told)
+        if self.prompts is not None:
+            told["prompts"] = public_name(self.prompts.name)
+        return model_index_results(
+            [row],
+            public_name(real["name"]),
+            dataset_split=real.get("split"),
+            settings=told,
+            task=TASK if self.prompts is None else TEXT_TASK,
+        )
 
 
 @contextmanager
@@ -212,7 +291,7 @@ def _flags_of_training():
         yield
     except InputError as error:
         sentence = str(error)
-        for flag_name in ("metrics", "reference", "feature_extractor", "extractor_weights"):
+        for flag_name in ("metrics", "reference", "feature_extractor", "extractor_weights", "clip_model"):
             sentence = re.sub(rf"--{flag_name}\b", f"--eval_{flag_name}", sentence)
         sentence = sentence.replace("no --train_data was given", "the training images are known for digits alone")
         raise InputError(sentence) from error

@@ -59,12 +59,14 @@ class Instruments:
         """Whether the extractor's logits are those of the classifier, so that one pass gives both."""
         return self.classifier is not None and self.classifier.weights == self.extractor.weights_hash
 
-    def foreseen(self, options: MetricArguments, real, train, labelled: bool, named: bool) -> set[str]:
+    def foreseen(
+        self, options: MetricArguments, real, train, labelled: bool, named: bool, texts: bool = False
+    ) -> set[str]:
         """What of the needs of the metrics will be here, before an image is drawn.
 
         Args:
             real, train: real images, opened, or None. labelled: whether generated images will have labels; named:
-                whether their classes will have names.
+                whether their classes will have names; texts: whether they will have texts.
         """
         fitted = real if options.rmd_fit == "reference" else train
         has_spatial = self.extractor.layers.spatial is not None
@@ -82,7 +84,7 @@ class Instruments:
             "train features": train is not None,
             "classifier": self.classifier is not None,
             "clip": self.clip is not None,
-            "class names": named,
+            "texts": texts or (labelled and named),
             "similarity": self.similarity is not None,
         }
         return {need for need, is_here in here.items() if is_here}
@@ -148,7 +150,7 @@ class Extraction:
         if self.options.resolution is None and self.resize.resolution is not None:
             return replace(self, resize=Resize()).evidence(option, source)
         features, instruments = self.features(option, source), self.instruments
-        evidence = Evidence(features, source.class_names, similarity=instruments.similarity)
+        evidence = Evidence(features, source.class_names, source.texts, similarity=instruments.similarity)
         evidence.device = self.device
         labels, classifier = features.labels, instruments.classifier
         if labels is not None and source.class_names is not None:
@@ -163,16 +165,26 @@ class Extraction:
             evidence.class_targets = match_labels(
                 labels, source.class_names, classifier.class_names, f"--classifier {classifier.name}"
             )
-        if instruments.clip is not None and labels is not None and source.class_names is not None:
-            clip = instruments.clip
-            embedded = self._extract(option, source, clip.extract, {"clip": clip.settings()}, ["pooled"]).pooled
-            classes = torch.arange(len(source.class_names))
-            prompts = clip.embed_texts(prompts_for(source.class_names, classes, self.options.clip_prompt))
-            evidence.clip_scores = clip.compare(embedded, prompts[labels])
+        if instruments.clip is not None and (source.texts or (labels is not None and source.class_names)):
+            evidence.clip_scores = self._clip_scores(option, source, instruments.clip, labels)
         if instruments.similarity is not None:
             size = size_of(option, source, self.resize)
             evidence.pixels = lambda numbers: next(read_batches(option, source, self.resize, size, [numbers]))[1]
         return evidence
+
+    def _clip_scores(
+        self, option: str, source: ImageSource, clip: ClipScore, labels: torch.Tensor | None
+    ) -> torch.Tensor | None:
+        """Of each image with its own text, or, where it has none, with the prompt of its class: float32 [N]. On the
+        main process, which alone computes metrics; None on others."""
+        embedded = self._extract(option, source, clip.extract, {"clip": clip.settings()}, ["pooled"]).pooled
+        if self.accelerator is not None and not self.accelerator.is_main_process:
+            return None
+        if source.texts is not None:
+            return clip.compare(embedded, clip.embed_each(source.texts))
+        classes = torch.arange(len(source.class_names))
+        prompts = clip.embed_texts(prompts_for(source.class_names, classes, self.options.clip_prompt))
+        return clip.compare(embedded, prompts[labels])
 
     def _extract(self, option: str, source: ImageSource, extract, settings: dict, wanted: Sequence[str]) -> Features:
         if self.folder is None:

@@ -16,6 +16,7 @@ from noisycond.run_folder import write_atomically
 
 
 TASK = "unconditional-image-generation"  # the pipeline tag of the card; the Hub has no class-conditional task
+TEXT_TASK = "text-to-image"
 
 
 def model_index_results(
@@ -27,6 +28,7 @@ def model_index_results(
     dataset_split: str | None = None,
     metrics: Sequence[str] | None = None,
     settings: Mapping | None = None,
+    task: str = TASK,
 ) -> list[EvalResult]:
     """The metrics of one trained run, a result per metric and guidance scale: the value, or "mean ± spread" over the
     seeds of generation. What could not be computed is left out.
@@ -36,7 +38,7 @@ def model_index_results(
         dataset: the reference, a Hub id or a name such as `digits`; no path, for a card is read elsewhere.
         dataset_name: as people say it, `dataset` by default. dataset_config, dataset_split: of the reference.
         metrics: which; all by default. settings: what else a value depends on (extractor, steps, …); it becomes each
-            metric's `args`, beside guidance scale and number of images.
+            metric's `args`, beside guidance scale and number of images. task: of the Hub; [`TEXT_TASK`] for prompts.
 
     Raises:
         InputError: rows of several runs: a card tells of one.
@@ -45,7 +47,7 @@ def model_index_results(
     require(len(runs) == 1, f"a model card holds the results of one run, but these are of {len(runs)}.")
     return [
         EvalResult(
-            task_type=TASK,
+            task_type=task,
             dataset_type=dataset,
             dataset_name=dataset_name or dataset,
             dataset_config=dataset_config,

@@ -15,11 +15,12 @@ from noisycond.errors import InputError, require, writing
 from noisycond.evaluation.drawing import ImageSet, Subject
 from noisycond.evaluation.instruments import Extraction
 from noisycond.evaluation.metrics import METRICS
-from noisycond.evaluation.model_index import add_results_to_card, model_index_results
+from noisycond.evaluation.model_index import TASK, TEXT_TASK, add_results_to_card, model_index_results
 from noisycond.evaluation.options import MetricArguments
 from noisycond.evaluation.references import RealImages
 from noisycond.evaluation.suite import Evidence, compute, families_of, subset_size_of
 from noisycond.evaluation.uncertainty import bootstrap_interval
+from noisycond.prompts import Prompts
 from noisycond.run_folder import write_atomically
 
 
@@ -92,11 +93,18 @@ def _computed(evidence: Evidence, options: MetricArguments, family: str) -> dict
     return found
 
 
-def choices(args, extraction: Extraction, real: RealImages | None, train: RealImages | None, sets) -> dict:
+def choices(
+    args,
+    extraction: Extraction,
+    real: RealImages | None,
+    train: RealImages | None,
+    sets: Sequence[ImageSet],
+    prompts: Prompts | None = None,
+) -> dict:
     """Every choice behind the values, as JSON values: what is printed with them.
 
     Args:
-        args: the arguments of evaluate_model.py. sets: what was measured.
+        args: the arguments of evaluate_model.py. sets: what was measured. prompts: what it was drawn from, or None.
     """
     generated = {"num_images": sorted({len(image_set.source) for image_set in sets})}
     if args.pipeline:
@@ -104,6 +112,7 @@ def choices(args, extraction: Extraction, real: RealImages | None, train: RealIm
         generated |= {name: getattr(args, name) for name in names}
         generated |= {"guidance_scales": args.guidance_scale, "seeds": args.seeds}
         generated["scheduler"] = args.scheduler or "the pipeline's own"
+        generated |= {} if prompts is None else {"prompts": prompts.settings()}
     else:
         endings = {Path(image_set.source.name(0)).suffix[1:].lower() or "array" for image_set in sets}
         generated["image_format"] = sorted(endings)
@@ -151,12 +160,15 @@ def update_cards(pipelines: Sequence[str], rows: Sequence[dict], settings: dict)
     reference = settings["reference"] or {"name": "none"}
     told = {name: settings["generated"][name] for name in ("num_inference_steps", "scheduler", "class_sampling")}
     told["feature_extractor"] = settings["extractor"]["extractor"]
+    prompts = settings["generated"].get("prompts")
+    told |= {} if prompts is None else {"prompts": public_name(prompts["name"])}
     for name in pipelines:
         results = model_index_results(
             [row for row in rows if row["pipeline"] == name],
             public_name(reference["name"]),
             dataset_split=reference.get("split"),
             settings=told,
+            task=TASK if prompts is None else TEXT_TASK,
         )
         add_results_to_card(name, results)
 

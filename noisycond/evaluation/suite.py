@@ -69,6 +69,7 @@ class Evidence:
 
     Attributes:
         generated: features, with labels where the images have them. class_names: what the labels mean, or None.
+        texts: N texts that the images were drawn from, or None.
         reference, train: real images; None where none were named.
         class_logits: [N, K] of the classifier of class agreement; class_targets: its classes, int64 [N].
         clip_scores: [N].
@@ -78,6 +79,7 @@ class Evidence:
 
     generated: Features
     class_names: list[str] | None = None
+    texts: Sequence[str] | None = None
     reference: Reference | None = None
     train: Reference | None = None
     class_logits: torch.Tensor | None = None
@@ -110,14 +112,16 @@ LACKING = {
     "reference features": "the reference holds moments only; name its images or statistics with features",
     "spatial": "the extractor gives no spatial features, or the reference has none",
     "logits": "the extractor is no classifier",
-    "labels": "the images have no labels; list them in a metadata.jsonl with file_name and label",
+    "labels": "the images have no labels; list them in a metadata.jsonl with file_name and label, or take prompts "
+    "that have labels",
     "fit": "the images that RMD is fitted to were not named (--reference, or --train_data with --rmd_fit train)",
     "fit labels": "the images that RMD is fitted to have no labels",
     "train": "no --train_data was given",
     "train features": "--train_data holds moments only; name the images or statistics with features",
     "classifier": "no --classifier was given",
     "clip": "--clip_model is a download and was not asked for",
-    "class names": "the classes have no names",
+    "texts": "the images have neither texts nor labels with class names; list them in a metadata.jsonl with file_name "
+    "and text",
     "similarity": "--lpips_similarity was not given",
 }
 
@@ -241,7 +245,7 @@ FAMILIES = {
     "entropy": Family(_entropy, (), lambda options: 6),
     "memorization": Family(_memorization, ("train", "train features"), lambda options: 1),
     "class_agreement": Family(_class_agreement, ("labels", "classifier"), lambda options: 1),
-    "clip_score": Family(_clip_score, ("labels", "class names", "clip"), lambda options: 1),
+    "clip_score": Family(_clip_score, ("texts", "clip"), lambda options: 1),
     "lpips": Family(_lpips, ("similarity",)),
 }
 
@@ -265,7 +269,7 @@ def what_is_here(evidence: Evidence, options: MetricArguments) -> set[str]:
         "train features": train is not None and train.features is not None,
         "classifier": evidence.class_logits is not None,
         "clip": evidence.clip_scores is not None,
-        "class names": evidence.class_names is not None,
+        "texts": evidence.texts is not None or (generated.labels is not None and evidence.class_names is not None),
         "similarity": evidence.similarity is not None,
     }
     return {need for need, is_here in here.items() if is_here}

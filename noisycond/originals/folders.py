@@ -10,10 +10,12 @@ from diffusers import AutoencoderKL, DiffusionPipeline, DiTPipeline, VQModel
 from noisycond.denoisers.dit import STOCK_NULL_CLASS
 from noisycond.errors import InputError, require
 from noisycond.noise_schedule import named_schedule
-from noisycond.pipelines import LDMClassToImagePipeline
+from noisycond.pipelines import LDMClassToImagePipeline, LDMTextToImagePipeline
+from noisycond.sampling import noise_shape
 
 
 logger = logging.getLogger(__name__)
+STOCK_FACTOR = 8  # of every first stage, as diffusers' `LDMTextToImagePipeline` takes it
 ROWS = STOCK_NULL_CLASS + 1  # of the table that `DiTPipeline` expects
 
 
@@ -28,16 +30,44 @@ def open_ldm_folder(
     Raises:
         InputError: a piece is missing; the message says which.
     """
+    pipeline = _open(LDMClassToImagePipeline, source, first_stage, scaling_factor)
+    logger.info("Stock diffusers has no class for %s; the converted folder carries its own.", source)
+    return pipeline
+
+
+def open_text_folder(
+    source: str, first_stage: AutoencoderKL | VQModel | None, scaling_factor: float | None
+) -> LDMTextToImagePipeline:
+    """A text-to-image LDM; arguments and what is raised as for [`open_ldm_folder`]. What stock diffusers does with the
+    source as it is, is logged."""
+    pipeline = _open(LDMTextToImagePipeline, source, first_stage, scaling_factor)
+    factor = pipeline.vae_scale_factor
+    if factor == STOCK_FACTOR:
+        logger.info("Stock diffusers draws %s in full size as it is.", source)
+    else:
+        side = noise_shape(pipeline)[1]
+        logger.warning(
+            "Stock diffusers opens %s, but draws images of side %s instead of %s: it takes the first stage to be of "
+            "factor %d, and it is of factor %d. The converted folder carries a class of its own.",
+            source,
+            side * factor // STOCK_FACTOR * factor,
+            side * factor,
+            STOCK_FACTOR,
+            factor,
+        )
+    return pipeline
+
+
+def _open(kind: type, source: str, first_stage: AutoencoderKL | VQModel | None, scaling_factor: float | None):
     given = {} if first_stage is None else {"vqvae": first_stage}
     try:
-        pipeline = LDMClassToImagePipeline.from_pretrained(source, scaling_factor=scaling_factor, **given)
+        pipeline = kind.from_pretrained(source, scaling_factor=scaling_factor, **given)
     except (OSError, ValueError) as error:
         raise InputError(f"SOURCE {source}: {' '.join(str(error).split())}") from error
     require(
         pipeline.vqvae is not None,
         f"SOURCE {source}: its model_index.json declares no first stage; name one with --first_stage.",
     )
-    logger.info("Stock diffusers has no class for %s; the converted folder carries its own.", source)
     mend_scheduler(pipeline)
     return pipeline
 

@@ -1,5 +1,6 @@
 """WebDataset shards of handwritten digits, whole and damaged."""
 
+import functools
 import io
 import json
 from pathlib import Path
@@ -9,6 +10,7 @@ from webdataset import TarWriter
 from noisycond.data.sources import Digits
 
 
+@functools.cache
 def png(index: int) -> bytes:
     """A training digit as a PNG of 8×8 pixels."""
     file = io.BytesIO()
@@ -37,6 +39,26 @@ def write_one(path: Path, samples: list[dict]) -> None:
     with TarWriter(str(path)) as tar:
         for place, sample in enumerate(samples):
             tar.write({"__key__": f"{place:04d}", **sample})
+
+
+def write_captioned_shards(folder: Path, sizes: list[int], first: int = 0) -> list[Path]:
+    """Shards as img2dataset writes CC3M: an image, its caption in a `txt`, and in the field `caption` of a `json`,
+    which has the digit too. Captions are `digit 7, number 23`: the label and which training digit it is."""
+    folder.mkdir(parents=True, exist_ok=True)
+    source = Digits("train")
+    paths = []
+    for number, size in enumerate(sizes):
+        paths.append(folder / f"{number:05d}.tar")
+        write_one(paths[-1], [captioned(source, first + place) for place in range(size)])
+        first += size
+    return paths
+
+
+def captioned(source: Digits, index: int) -> dict:
+    label = int(source.labels[index])
+    text = f"digit {label}, number {index}"
+    fields = {"caption": text, "label": label, "new": f"rewritten {index}"}
+    return {"png": png(index), "txt": text.encode(), "json": json.dumps(fields).encode()}
 
 
 def write_class_names(path: Path) -> Path:

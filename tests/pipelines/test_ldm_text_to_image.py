@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 import torch
 from accelerate import cpu_offload
-from diffusers import DDIMScheduler, DiffusionPipeline, LatentConsistencyModelPipeline, LCMScheduler
+from diffusers import DDIMScheduler, DiffusionPipeline, LatentConsistencyModelPipeline, LCMScheduler, VQModel
 from diffusers import LDMTextToImagePipeline as StockPipeline
 from released_layout import change_json, write_text_ldm
+from safetensors.torch import load_file
 from tiny_models import tiny_kl, tiny_unet, tiny_vq
 from tiny_text import tiny_bert, tiny_ldm_bert, tiny_tokenizer
 
@@ -291,7 +292,20 @@ def test_a_released_folder_gives_full_size(released, caplog):
     assert np.abs((decoded / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy() - draw(ours)).max() < 1e-5
 
 
-@pytest.mark.parametrize("stated, asked, used", [(0.5, None, 0.5), (None, 2.0, 2.0), (0.5, 2.0, 2.0)])
+def test_pickled_weights(folder):
+    wanted = draw(quiet(LDMTextToImagePipeline.from_pretrained(folder)))
+    for file in list(folder.rglob("*.safetensors")):
+        name = "pytorch_model.bin" if file.parent.name == "bert" else f"{file.stem}.bin"
+        torch.save(load_file(file), file.with_name(name))
+        file.unlink()
+    assert np.array_equal(draw(quiet(LDMTextToImagePipeline.from_pretrained(folder))), wanted)
+
+
+# The last is what diffusers fills in: asked for, it is used.
+STATED = [(0.5, None, 0.5), (None, 2.0, 2.0), (0.5, 2.0, 2.0), (None, 0.18215, 0.18215)]
+
+
+@pytest.mark.parametrize("stated, asked, used", STATED)
 def test_a_stated_or_asked_scaling_factor_is_used(folder, tmp_path, stated, asked, used):
     change_json(folder / "vqvae/config.json", scaling_factor=stated)
     found = LDMTextToImagePipeline.from_pretrained(folder, scaling_factor=asked)
@@ -302,8 +316,11 @@ def test_a_stated_or_asked_scaling_factor_is_used(folder, tmp_path, stated, aske
     assert LDMTextToImagePipeline.from_pretrained(tmp_path / "saved").vqvae.config.scaling_factor == used
 
 
-def test_a_model_made_here_keeps_its_scaling_factor():
+def test_a_model_made_or_changed_here_keeps_its_scaling_factor(folder):
     assert make(vqvae=tiny_vq()).vqvae.config.scaling_factor == 0.18215
+    loaded = VQModel.from_pretrained(folder / "vqvae")
+    loaded.register_to_config(scaling_factor=0.7)
+    assert make(vqvae=loaded).vqvae.config.scaling_factor == 0.7
 
 
 STRANGER = """

@@ -17,23 +17,26 @@ from noisycond.recipes import RECIPES, recipe_names
 
 PATHS = [RECIPES / f"{name}.yaml" for name in recipe_names()]
 AUTOENCODERS = {"digits_kl", "digits_vq"}
-DISTILLED = {"digits_lcm"}
 # Channels and factor of first stages that are not on this machine.
 REMOTE = {"stabilityai/sd-vae-ft-ema": (4, 8), "CompVis/ldm-celebahq-256": (3, 4)}
 SCRIPTS = {  # which script reads a recipe
     "train_autoencoder": "AutoencoderArguments",
     "evaluate_model": "EvaluateArguments",
     "train_class_cond": "ClassCondArguments",
-    "train_lcm_distill": "DistillArguments",
+    "train_text_to_image_corrupt": "TextToImageArguments",
+    "train_lcm_distill": "LCMArguments",
 }
 
 
 def script_of(path: Path) -> str:
     if path.stem in AUTOENCODERS:
         return "train_autoencoder"
-    if path.stem in DISTILLED:
+    if path.stem.endswith("_evaluation"):
+        return "evaluate_model"
+    model = str(path.relative_to(RECIPES))
+    if model.startswith(("lcm_", "digits_lcm")):
         return "train_lcm_distill"
-    return "evaluate_model" if path.stem.endswith("_evaluation") else "train_class_cond"
+    return "train_text_to_image_corrupt" if model.startswith(("ldm_4_cc3m", "digits_text")) else "train_class_cond"
 
 
 def each(paths: list[Path]):
@@ -43,7 +46,7 @@ def each(paths: list[Path]):
 every_recipe = each(PATHS)
 TRAINING = [path for path in PATHS if script_of(path) != "evaluate_model"]
 # Those that build on another have its model.
-MODELS = [path for path in TRAINING if path.parent == RECIPES and path.stem not in DISTILLED]
+MODELS = [path for path in TRAINING if path.parent == RECIPES]
 
 
 def parse(path: Path, *argv):
@@ -57,9 +60,10 @@ def test_there_are_recipes():
     settings = [f"eta_{ratio}" for ratio in ("2.5", "5", "7.5", "10", "15", "20")]
     settings += ["eta_2.5_random", "cep_u", "cep_g", "cep_fixed"]
     settings += ["input_perturbation", "embedding_dropout", "label_smoothing"]
-    models = ("ldm_4_in1k", "dit_xl_2_in1k")
-    expected = {"digits_kl", "digits_vq", "digits_dit_mini", "digits_lcm", *models}
-    assert expected | {f"{model}/{setting}" for model in models for setting in settings} <= set(recipe_names())
+    models = ("ldm_4_in1k", "dit_xl_2_in1k", "ldm_4_cc3m")
+    expected = {"digits_kl", "digits_vq", "digits_dit_mini", "digits_text", "digits_lcm", *models}
+    expected |= {f"{model}/{setting}" for model in models for setting in settings}
+    assert expected - {"ldm_4_cc3m/label_smoothing"} <= set(recipe_names())  # captions have no mean class
 
 
 @every_recipe
@@ -88,7 +92,7 @@ def test_a_recipe_writes_into_a_folder_of_its_own():
     assert len(set(folders)) == len(folders)
 
 
-@pytest.mark.parametrize("model", ["ldm_4_in1k", "dit_xl_2_in1k"])
+@pytest.mark.parametrize("model", ["ldm_4_in1k", "dit_xl_2_in1k", "ldm_4_cc3m"])
 def test_the_settings_of_a_model_differ_in_what_they_are_named_after_alone(model):
     clean = dataclasses.asdict(parse(RECIPES / f"{model}.yaml"))
     assert clean["corruption_ratio"] == clean["cep_gamma"] == clean["input_perturbation"] == 0
@@ -110,7 +114,7 @@ def test_global_batches_of_the_papers():
         assert (args.max_train_steps, args.num_classes) == (steps, 1000)
 
 
-@each([path for path in TRAINING if path.stem not in DISTILLED])  # those need a teacher
+@each([path for path in TRAINING if script_of(path) != "train_lcm_distill"])  # that one looks at its teacher
 def test_dry_run(path, script, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # a recipe's output folder is relative
     name = str(path.relative_to(RECIPES)).removesuffix(".yaml")
@@ -136,7 +140,7 @@ def test_the_autoencoder_of_a_recipe_builds(path):
 
 
 @pytest.mark.parametrize(
-    "path", [path for path in MODELS if path.stem not in AUTOENCODERS], ids=lambda path: path.stem
+    "path", [path for path in MODELS if script_of(path) == "train_class_cond"], ids=lambda path: path.stem
 )
 def test_the_denoiser_of_a_recipe_builds(path):
     args = parse(path)

@@ -31,6 +31,32 @@ def tiny_ldm(tiny, tiny_unet) -> list[str]:
     return [*tiny, "--denoiser", tiny_unet, "--pretrained_vae_model_name_or_path", "digits-vq"]
 
 
+@pytest.fixture(scope="session")
+def tiny_text_unet(tmp_path_factory) -> str:
+    """A U-Net configuration that attends to the embeddings of `digits-bert`."""
+    path = tmp_path_factory.mktemp("config") / "text-unet.json"
+    path.write_text(json.dumps(UNET_CONFIG | {"cross_attention_dim": 64}))
+    return str(path)
+
+
+@pytest.fixture
+def tiny_text(tmp_path, tiny_text_unet) -> list[str]:
+    """Flags of a text-to-image run of six steps on captioned digits, without trackers, into tmp_path / "run"."""
+    flags = {
+        "output_dir": tmp_path / "run",
+        "denoiser": tiny_text_unet,
+        "text_encoder": "digits-bert",
+        "train_batch_size": 8,
+        "max_train_samples": 96,
+        "max_train_steps": 6,
+        "report_to": "none",
+        "num_validation_images": 1,
+        "validation_inference_steps": 2,
+        "cpu_threads_per_process": 1,
+    }
+    return [str(word) for name, value in flags.items() for word in (f"--{name}", value)]
+
+
 @pytest.fixture
 def tiny(tmp_path, tiny_denoiser) -> list[str]:
     """Flags of a run of six steps on digits, without trackers, into tmp_path / "run"."""

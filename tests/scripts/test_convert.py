@@ -12,12 +12,12 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, DiTPipeline
 from original_models import OriginalAutoencoder, OriginalDiT, OriginalUNet, ldm_state, shaken
-from released_layout import change_json, write_dit, write_json, write_ldm
+from released_layout import change_json, write_dit, write_json, write_ldm, write_text_ldm
 
 import noisycond.convert  # noqa: F401
 from noisycond.denoisers import build_denoiser, find_denoiser
 from noisycond.errors import InputError
-from noisycond.pipelines import LDMClassToImagePipeline, OriginalDiTPipeline
+from noisycond.pipelines import LDMClassToImagePipeline, LDMTextToImagePipeline, OriginalDiTPipeline
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -38,10 +38,10 @@ for name in sys.argv[1:]:
 """
 
 
-def draw(pipeline, **options) -> np.ndarray:
+def draw(pipeline, prompt=(3, 9, 0), **options) -> np.ndarray:
     pipeline.set_progress_bar_config(disable=True)
     options = {"generator": torch.manual_seed(5), "num_inference_steps": 3, "output_type": "np"} | options
-    return pipeline([3, 9, 0], **options).images
+    return pipeline(list(prompt), **options).images
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +49,7 @@ def sources(tmp_path_factory):
     """One of each kind."""
     folder = tmp_path_factory.mktemp("sources")
     write_ldm(folder / "ldm", embedder="cond_stage_model")
+    write_text_ldm(folder / "text")
     write_dit(folder / "dit")
     write_dit(folder / "dit10", classes=10)
     unet, first_stage = shaken(OriginalUNet(blocks=1)), shaken(OriginalAutoencoder())
@@ -131,6 +132,23 @@ def test_a_dit_in_the_stock_layout_passes_through(sources, script, tmp_path, cap
     assert np.array_equal(draw(after), draw(before))
 
 
+def test_a_text_folder_draws_in_full_size_afterwards(sources, script, tmp_path, caplog, capsys):
+    script(CONVERT, sources / "text", tmp_path / "x", "--scaling_factor", 0.8)
+    assert "images of side 16 instead of 32" in caplog.text
+    printed = capsys.readouterr().out
+    assert 'prompt="' in printed and "trust_remote_code=True" in printed
+    source = LDMTextToImagePipeline.from_pretrained(sources / "text", scaling_factor=0.8)
+    source.scheduler.register_to_config(clip_sample=False)
+    converted = DiffusionPipeline.from_pretrained(tmp_path / "x", trust_remote_code=True)
+    prompts = ["a red cat", "the dog"]
+    images = [draw(each, prompt=prompts, guidance_scale=3.0) for each in (source, converted)]
+    assert np.abs(images[0] - images[1]).max() < 1e-5 and images[1].shape == (2, 32, 32, 3)
+    written = "".join(path.read_text() for path in (tmp_path / "x").rglob("*.json"))
+    assert str(sources) not in written and str(tmp_path) not in written
+    scheduler = json.loads((tmp_path / "x/scheduler/scheduler_config.json").read_text())
+    assert scheduler["beta_schedule"] == "scaled_linear" and not scheduler.get("trained_betas")
+
+
 def test_a_checkpoint_says_which_weights_it_gives(sources, script, tmp_path, caplog, capsys):
     caplog.set_level("INFO", logger="noisycond")
     script(CONVERT, sources / "dit.pt", tmp_path / "x", "--attention_heads", 4, "--first_stage", sources / "vae")
@@ -196,7 +214,7 @@ CASES = [
     ([], ["SOURCE and OUTPUT_DIR are needed"]),
     (["nowhere", "OUT"], ["SOURCE nowhere", "neither a file nor a folder nor a Hub id"]),
     (["EMPTY", "OUT"], ["has no model_index.json"]),
-    (["OTHER", "OUT"], ["a StableDiffusionPipeline", "LDMClassToImagePipeline and DiTPipeline"]),
+    (["OTHER", "OUT"], ["a StableDiffusionPipeline", "LDMClassToImagePipeline, LDMTextToImagePipeline, DiTPipeline"]),
     (["ldm", "FULL"], ["OUTPUT_DIR", "is not empty"]),
     (["ldm", "OUT", "--config", "x.yaml"], ["--config x.yaml: there is no such file"]),
     (["ldm", "OUT", "--resolution", "32"], ["--resolution has no effect on a folder of an LDM"]),
@@ -204,6 +222,8 @@ CASES = [
     (["ldm.ckpt", "OUT", "--stock"], ["--stock has no effect on an original LDM"]),
     (["dit.pt", "OUT", "--attention_heads", "4"], ["without a first stage", "--first_stage"]),
     (["dit.pt", "OUT", "--first_stage", "vae"], ["2 blocks of width 48", "--attention_heads"]),
+    (["text", "OUT", "--id2label", "nine.txt"], ["--id2label has no effect on a folder of a text-to-image LDM"]),
+    (["text", "OUT", "--resolution", "32"], ["--resolution has no effect on a folder of a text-to-image LDM"]),
     (["ldm", "OUT", "--scaling_factor", "0"], ["--scaling_factor is 0.0"]),
     (["ldm", "OUT", "--id2label", "vae/config.json"], ["--id2label", "labels 0 to"]),
     (["ldm", "OUT", "--id2label", "nine.txt"], ["nine.txt has 9 names", "10 classes"]),
@@ -241,6 +261,7 @@ def test_bad_input(sources, refused, tmp_path, words, found):
         ("ldm", "cond_stage_model", "class embedder's weights are missing"),
         ("ldm", "unet/config.json", "the U-Net is missing"),
         ("ldm", "vqvae", "the first stage is missing"),
+        ("text", "bert", "the text encoder is missing"),
         ("dit", "vae", "vae/ is missing"),
         ("dit", "transformer/diffusion_pytorch_model.safetensors", "diffusers cannot open it"),
     ],

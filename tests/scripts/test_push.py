@@ -14,17 +14,18 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from diffusers import DiffusionPipeline
 from hub_server import HubServer, Repository
-from huggingface_hub import HfApi, close_session, constants
+from huggingface_hub import HfApi, close_session, constants, hf_api
 from launching import launch, load_script
-from released_layout import write_ldm
+from released_layout import write_ldm, write_text_ldm
 from safetensors.torch import load, save
 
 from noisycond import hub as room
 from noisycond.cards import class_conditional_card, model_card, public_name
 from noisycond.export import export_pipeline
 from noisycond.first_stage import SHIPPED, open_first_stage
-from noisycond.pipelines import LDMClassToImagePipeline
+from noisycond.pipelines import LDMClassToImagePipeline, LDMTextToImagePipeline
 
 
 TOKEN = "hf_loopbackTestTokenThatNobodyMaySee"
@@ -186,6 +187,36 @@ def test_of_an_ldm_on_the_hub_one_set_of_weights_is_fetched(here, tmp_path, monk
     here.requests.clear()
     assert not np.array_equal(draw("someone/ldm", variant="fp16", cache_dir=tmp_path / "another"), wanted)
     assert fetched() == {f"{stem}.fp16.safetensors"}
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_a_text_ldm_is_opened_from_the_hub(here, tmp_path, monkeypatch):
+    """By our class, which runs nothing of the repository, and by diffusers, which runs the file in it."""
+    monkeypatch.setattr(hf_api.api, "endpoint", here.url)  # the client that diffusers asks, made on import
+    LDMTextToImagePipeline.from_pretrained(write_text_ldm(tmp_path / "source")).save_pretrained(tmp_path / "export")
+    room.push(tmp_path / "export", "someone/text-ldm", private=False)
+    files = here.repositories["someone/text-ldm"].files
+    files["bert/model.fp16.safetensors"] = b"no weights"
+    options = {"cache_dir": tmp_path / "cache"}
+
+    def draw(pipeline):
+        pipeline.set_progress_bar_config(disable=True)
+        settings = {"generator": torch.manual_seed(5), "num_inference_steps": 2, "output_type": "np"}
+        return pipeline(["a red cat"], guidance_scale=2.25, **settings).images
+
+    wanted = draw(LDMTextToImagePipeline.from_pretrained(tmp_path / "export"))
+    assert wanted.shape == (1, 32, 32, 3)
+    with pytest.raises(ValueError, match="trust_remote_code=True"):
+        DiffusionPipeline.from_pretrained("someone/text-ldm", **options)
+    loaded = DiffusionPipeline.from_pretrained("someone/text-ldm", trust_remote_code=True, **options)
+    assert type(loaded).__module__.startswith("diffusers_modules.") and np.array_equal(draw(loaded), wanted)
+    files["ldm_text_to_image.py"] = b"raise SystemExit('code of the repository was run')"
+    options = {"cache_dir": tmp_path / "another"}
+    ours = LDMTextToImagePipeline.from_pretrained("someone/text-ldm", **options)
+    assert type(ours) is LDMTextToImagePipeline and np.array_equal(draw(ours), wanted)
+    again = LDMTextToImagePipeline.from_pretrained("someone/text-ldm", local_files_only=True, **options)
+    assert np.array_equal(draw(again), wanted)
+    assert not any("fp16" in line for line in here.requests if line.startswith("GET"))
 
 
 def _halved(weights: bytes) -> bytes:

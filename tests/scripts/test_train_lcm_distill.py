@@ -142,7 +142,7 @@ def test_the_target_is_the_moving_average(script, tiny, tmp_path):
 def parse(teacher, *flags):
     script = load_script("train_lcm_distill")
     words = ["--pretrained_teacher_model", str(teacher), "--recipe", "none", "--dataset_name", "digits", *flags]
-    return script.parse_arguments(script.DistillArguments, [*words, "--resolution", "32", "--w_max", "6"])
+    return script.parse_arguments(script.LCMArguments, [*words, "--resolution", "32", "--w_max", "6"])
 
 
 @pytest.fixture(scope="module")

@@ -1,11 +1,11 @@
 """Agreement with the condition: shares counted by hand, and a tiny CLIP against its own embeddings."""
 
-import json
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
+from tiny_models import save_tiny_clip
 
 from noisycond.errors import InputError
 from noisycond.evaluation.agreement import ClipScore, class_agreement, prompts_for
@@ -54,30 +54,6 @@ def test_prompts():
 
 
 # CLIP score
-
-
-def save_tiny_clip(folder: Path) -> None:
-    """A CLIP with random weights, images of 8×8, and a tokenizer of single letters."""
-    from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
-
-    letters = "abcdefghijklmnopqrstuvwxyz"
-    words = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
-    (folder / "vocab.json").write_text(json.dumps({word: place for place, word in enumerate(words)}))
-    (folder / "merges.txt").write_text("#version: 0.2\n")
-    tokenizer = CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=16)
-    start, end = tokenizer.convert_tokens_to_ids(["<|startoftext|>", "<|endoftext|>"])
-    layers = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-    text = {"vocab_size": len(words), "max_position_embeddings": 16, "bos_token_id": start, "eos_token_id": end}
-    vision = {"image_size": 8, "patch_size": 4}
-    model = CLIPModel(
-        CLIPConfig(text_config={**layers, **text}, vision_config={**layers, **vision}, projection_dim=12)
-    )
-    generator = torch.Generator().manual_seed(2)
-    for parameter in model.parameters():  # the initial weights are so small that all embeddings are alike
-        torch.nn.init.normal_(parameter, std=0.8, generator=generator)
-    model.save_pretrained(folder)
-    images = CLIPImageProcessor(size={"shortest_edge": 8}, crop_size={"height": 8, "width": 8})
-    CLIPProcessor(image_processor=images, tokenizer=tokenizer).save_pretrained(folder)
 
 
 @pytest.fixture(scope="module")

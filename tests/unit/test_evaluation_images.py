@@ -220,3 +220,20 @@ def test_batches_of_something_else(tmp_path, arrays, words):
     np.savez(tmp_path / "batch.npz", **arrays)
     with pytest.raises(InputError, match=rf"--images .*batch\.npz: .*{words}"):
         open_images("--images", str(tmp_path / "batch.npz"))
+
+
+def test_texts_of_a_list(tmp_path):
+    folder = write_images(tmp_path / "x", ["1.png", "2.png"])
+
+    def listed(*rows):
+        (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return open_images("--images", str(folder))
+
+    first, second = {"file_name": "1.png", "text": "a\u2028cat"}, {"file_name": "2.png", "text": "a dog"}
+    source = listed(first, second)
+    assert source.texts == ["a\u2028cat", "a dog"] and source.labels is None
+    other = listed(first, second | {"text": "a dog."})
+    assert other.texts[1] == "a dog." and other.fingerprint != source.fingerprint
+    both = listed(first | {"label": 1}, second | {"label": 0})
+    assert both.texts == source.texts and both.labels.tolist() == [1, 0]
+    assert listed(first, {"file_name": "2.png"}).texts is None

@@ -1,0 +1,231 @@
+"""train_text_to_image_corrupt.py from scratch: a small U-Net and the small BERT on captioned digits."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from launching import ROOT, launch
+from PIL import Image
+from safetensors.torch import load_file
+
+from noisycond import pictures, sampling
+from noisycond.pipelines import LDMTextToImagePipeline
+
+
+SCRIPT = "train_text_to_image_corrupt"
+
+
+def losses(folder) -> list[float]:
+    return [json.loads(line)["loss"] for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def run(script, flags, *argv):
+    script(SCRIPT, *flags, "--learning_rate", "1e-2", "--lr_scheduler", "constant", *argv)
+
+
+def counts(folder) -> dict:
+    return json.loads((folder / "corruption.json").read_text())
+
+
+def exported(folder, part: str) -> dict:
+    names = {"bert": "model.safetensors", "unet": "diffusion_pytorch_model.safetensors"}
+    return load_file(folder / part / names[part])
+
+
+def test_leaves_a_folder_that_gives_the_images_of_training(script, tiny_text, tmp_path, capsys):
+    prompts = ["a thick 3", "a photo of the number seven"]
+    run(script, tiny_text, "--corruption_ratio", "0.5", "--validation_prompts", *prompts)
+    folder = tmp_path / "run"
+    index = json.loads((folder / "model_index.json").read_text())
+    assert index["_class_name"] == ["ldm_text_to_image", "LDMTextToImagePipeline"]
+    assert set(index) >= {"bert", "tokenizer", "unet", "vqvae", "scheduler"}
+    assert 'prompt="a thick 3"' in capsys.readouterr().out
+    assert "trust_remote_code=True" in (folder / "README.md").read_text()
+
+    drawn = Image.open(folder / "samples/final.png")
+    for pipeline in (
+        DiffusionPipeline.from_pretrained(folder, trust_remote_code=True),
+        LDMTextToImagePipeline.from_pretrained(folder),
+    ):
+        settings = {"seed": 0, "guidance_scale": 2.25, "num_inference_steps": 2}
+        images = sampling.sample_all(pipeline, prompts, **settings)
+        assert np.array_equal(np.array(pictures.image_grid(images, 1, scale=2)), np.array(drawn))
+
+
+def test_bert_is_trained_along_at_its_own_learning_rate(script, tiny_text, tmp_path):
+    run(script, tiny_text)
+    average = load_file(tmp_path / "run/checkpoint-6/ema.safetensors")
+    assert any(name.startswith("encoder.") for name in average)
+    for part, prefix in (("bert", "encoder.models.0."), ("unet", "backbone.model.")):
+        weights = exported(tmp_path / "run", part)
+        known = [name for name in weights if prefix + name in average]
+        assert known and all(torch.equal(weights[name], average[prefix + name]) for name in known)
+    plain = losses(tmp_path / "run")
+    run(script, tiny_text, "--text_encoder_learning_rate", "1e-4", "--overwrite_output_dir")
+    slower = losses(tmp_path / "run")
+    assert plain[0] == slower[0] and plain != slower
+
+
+def test_a_frozen_encoder_stays_as_it_is_and_in_no_checkpoint(script, tiny_text, tmp_path):
+    run(script, tiny_text, "--train_text_encoder", "no")
+    held = load_file(tmp_path / "run/checkpoint-6/model.safetensors")
+    assert held and not any(name.startswith("encoder.") for name in held)
+    before = exported(tmp_path / "run", "bert")
+    run(script, tiny_text, "--train_text_encoder", "no", "--learning_rate", "1e-1", "--overwrite_output_dir")
+    after = exported(tmp_path / "run", "bert")
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_cached_embeddings_give_the_losses_of_encoding_at_every_step(script, tiny_text, tmp_path):
+    flags = [*tiny_text, "--train_text_encoder", "no", "--cep_gamma", "1", "--overwrite_output_dir"]
+    flags += ["--corruption_ratio", "0.5", "--corruption_type", "token"]
+    run(script, flags)
+    encoded = losses(tmp_path / "run")
+    run(script, flags, "--cache_text_embeddings", "--text_cache_dir", tmp_path / "texts")
+    assert losses(tmp_path / "run") == pytest.approx(encoded, rel=1e-5)
+    run(script, flags, "--cache_text_embeddings", "--text_cache_dir", tmp_path / "texts", "--cep_gamma", "0")
+    assert losses(tmp_path / "run")[1:] != pytest.approx(encoded[1:], rel=1e-5)
+
+
+def test_corruption_and_cep_leave_data_noise_and_timesteps_as_they_are(script, tiny_text, tmp_path):
+    """At the first step the U-Net does not see its condition: its layers start at zero."""
+    found = {}
+    for name, flags in {
+        "clean": [],
+        "swap": ["--corruption_ratio", "0.5"],
+        "token": ["--corruption_ratio", "0.5", "--corruption_type", "token"],
+        "shuffle": ["--corruption_ratio", "0.5", "--corruption_type", "shuffle"],
+        "cep": ["--cep_gamma", "5"],
+        "gaussian": ["--cep_gamma", "5", "--cep_type", "gaussian"],
+        "dropout": ["--embedding_dropout", "0.5"],
+    }.items():
+        run(script, tiny_text, "--overwrite_output_dir", *flags)
+        found[name] = losses(tmp_path / "run")
+        corrupted = counts(tmp_path / "run")["examples_corrupted"]
+        assert (corrupted > 0) == ("--corruption_ratio" in flags)
+    assert len({values[0] for values in found.values()}) == 1
+    assert len({tuple(values) for values in found.values()}) == len(found)
+
+
+def test_swapped_captions_are_those_of_other_images(script, tiny_text, tmp_path):
+    run(script, tiny_text, "--corruption_ratio", "0.25", "--save_corruption_map", "--max_train_steps", "24")
+    with (tmp_path / "run/corruption_map.csv").open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 96
+    # What is given away is what another example gets.
+    assert Counter(row["true"] for row in rows) == Counter(row["corrupted"] for row in rows)
+    told = counts(tmp_path / "run")
+    assert told["examples_seen"] == 192 and told["examples_corrupted"] == 48  # two epochs of 24 swapped examples
+    assert 0 < told["corrupted_but_still_true"] < 24 and told["realized_ratio"] == 0.25
+
+
+def test_long_captions_are_counted_and_cut(script, tiny_text, tmp_path):
+    images, lines = tmp_path / "images", []
+    images.mkdir()
+    for number in range(8):
+        Image.new("RGB", (32, 32), (30 * number, 0, 0)).save(images / f"{number}.png")
+        text = "a thick three " * (20 if number % 2 else 1)
+        lines.append(json.dumps({"file_name": f"{number}.png", "text": text}))
+    (images / "metadata.jsonl").write_text("\n".join(lines))
+    place = tiny_text.index("--max_train_samples")
+    flags = [*tiny_text[:place], *tiny_text[place + 2 :], "--train_data_dir", images, "--resolution", "32"]
+    run(script, flags, "--pretrained_vae_model_name_or_path", "digits-vq", "--max_train_steps", "2")
+    assert counts(tmp_path / "run")["captions_truncated"] == 8
+
+
+def test_two_processes_train_on_the_same_captions_as_one(script, tiny_text, tmp_path):
+    flags = [*tiny_text, "--corruption_ratio", "0.3", "--cep_gamma", "1", "--learning_rate", "1e-2"]
+    script(SCRIPT, *flags)
+    words = [*flags, "--output_dir", tmp_path / "two", "--train_batch_size", "4"]
+    done = launch(SCRIPT, *words, processes=2)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert counts(tmp_path / "two") == counts(tmp_path / "run")
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "run"), rel=1e-4)
+
+
+def test_killed_and_resumed_ends_the_same(tiny_text, tmp_path):
+    flags = [*tiny_text, "--max_train_steps", "16", "--checkpointing_steps", "4", "--corruption_ratio", "0.3"]
+    flags += ["--corruption_mode", "random", "--cep_gamma", "1", "--lr_warmup_steps", "4"]
+
+    def command(folder, *more) -> list[str]:
+        words = [*flags, "--output_dir", folder, *more]
+        return [sys.executable, str(ROOT / f"{SCRIPT}.py"), *map(str, words)]
+
+    def finish(folder, *more):
+        done = subprocess.run(command(folder, *more), capture_output=True, text=True, cwd=ROOT)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return done.stderr
+
+    finish(tmp_path / "straight")
+    cut = tmp_path / "cut"
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "start_new_session": True}
+    process = subprocess.Popen(command(cut), cwd=ROOT, **quiet)
+    deadline = time.monotonic() + 120
+    while process.poll() is None and not ((cut / "log.jsonl").exists() and len(losses(cut)) >= 6):
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (cut / "model_index.json").exists() and (cut / "checkpoint-4").is_dir()
+    assert "Resuming from" in finish(cut, "--resume_from_checkpoint", "latest")
+    assert losses(cut) == losses(tmp_path / "straight") and len(losses(cut)) == 16
+    for part in ("bert", "unet"):
+        whole, resumed = exported(tmp_path / "straight", part), exported(cut, part)
+        assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    assert counts(cut) == counts(tmp_path / "straight")
+
+
+def test_a_resumed_run_needs_the_frozen_weights_it_was_trained_with(script, refused, tiny_text, tmp_path):
+    flags = [*tiny_text, "--train_text_encoder", "no", "--learning_rate", "1e-2"]
+    script(SCRIPT, *flags, "--max_train_steps", "3")
+    # Initial weights of an encoder without weights of its own come with the seed.
+    said = refused(SCRIPT, *flags, "--resume_from_checkpoint", "latest", "--text_encoder", other_bert(tmp_path))
+    assert "--resume_from_checkpoint" in said or "text_encoder" in said
+
+
+def other_bert(folder):
+    """`digits-bert` with weights."""
+    from noisycond.denoisers.text import open_text_encoder
+
+    torch.manual_seed(1)
+    encoder = open_text_encoder("digits-bert", trained=False)
+    encoder.models[0].save_pretrained(folder / "bert")
+    encoder.encode.tokenizers[0].save_pretrained(folder / "bert")
+    return folder / "bert"
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        ("--text_encoder nowhere/bert", "--text_encoder nowhere/bert"),
+        ("--denoiser dit-mini", "--denoiser dit-mini"),
+        ("--label_smoothing 0.1", "--label_smoothing has no effect on captions"),
+        ("--cache_text_embeddings --train_text_encoder yes", "--cache_text_embeddings needs a frozen text encoder"),
+        ("--use_lora", "--use_lora adapts a model that is trained already"),
+        ("--rank 8", "--rank has no effect without --use_lora"),
+        ("--corruption_type llm --corruption_ratio 0.1", "--corruption_type llm needs exactly one of"),
+        ("--token_ratio 0.5", "--token_ratio has no effect with --corruption_type swap"),
+        ("--num_validation_images 0", "--num_validation_images is 0"),
+        ("--pretrained_model_name_or_path nowhere", "--pretrained_model_name_or_path nowhere"),
+        ("--resolution 30", "--resolution"),
+        ("--train_text_encoder no --cache_text_embeddings --corruption_ratio 0.1 --corruption_type token "
+         "--corruption_mode random", "cannot be cached"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_is_said_in_a_sentence(flags, words, refused, tiny_text, tmp_path):
+    if "--pretrained_model" in flags:
+        for name in ("--denoiser", "--text_encoder"):
+            place = tiny_text.index(name)
+            tiny_text = tiny_text[:place] + tiny_text[place + 2 :]
+        tiny_text += ["--recipe", "none", "--dataset_name", "digits", "--resolution", "32"]
+    assert words in refused(SCRIPT, *tiny_text, *flags.split())
+    assert not (tmp_path / "run/run.json").exists()
