@@ -46,7 +46,7 @@ except ModuleNotFoundError as error:
 
 
 @dataclass
-class DistillArguments(
+class LCMArguments(
     StreamArguments,
     FirstStageArguments,
     CorruptionArguments,
@@ -121,7 +121,7 @@ class DistillArguments(
         )
 
 
-def make_student(args: DistillArguments, teacher, latent_size: int):
+def make_student(args: LCMArguments, teacher, latent_size: int):
     """The teacher's copy that is trained, with an embedding of the guidance, and CEP."""
     student = teachers.make_student(
         teacher,
@@ -139,7 +139,7 @@ def make_student(args: DistillArguments, teacher, latent_size: int):
     return student
 
 
-def rehearse(args: DistillArguments) -> None:
+def rehearse(args: LCMArguments) -> None:
     """Prints what the run would take, without the teacher's weights, data or GPU; see [`noisycond.dry_run`]."""
     source = teachers.find_teacher(args.pretrained_teacher_model, args.teacher_revision)
     teachers.lcm_scheduler(source, args.num_ddim_timesteps, args.timestep_scaling_factor)
@@ -160,7 +160,7 @@ def rehearse(args: DistillArguments) -> None:
     dry_run.report(args, student, data, facts, first_stage)
 
 
-def make_distillation(args: DistillArguments, source: teachers.TeacherSource, scheduler) -> ConsistencyDistillation:
+def make_distillation(args: LCMArguments, source: teachers.TeacherSource, scheduler) -> ConsistencyDistillation:
     """What the flags ask for, with the noise levels that the student's scheduler samples at."""
     return ConsistencyDistillation(
         scheduler.alphas_cumprod,
@@ -208,7 +208,7 @@ def make_compute_loss(
     return compute_loss
 
 
-def make_label_conditions(args: DistillArguments, corruption, null_class: int):
+def make_label_conditions(args: LCMArguments, corruption, null_class: int):
     """The conditions of a batch, see [`make_compute_loss`]."""
 
     def conditions(batch: dict, keys: torch.Tensor) -> tuple[dict, dict, dict]:
@@ -221,7 +221,7 @@ def make_label_conditions(args: DistillArguments, corruption, null_class: int):
 
 @one_sentence_errors
 def main(argv: list[str] | None = None) -> None:
-    args = parse_arguments(DistillArguments, argv, default_recipe="digits_lcm")
+    args = parse_arguments(LCMArguments, argv, default_recipe="digits_lcm")
     require_whole_average(Layout.of_this_launch().kind in ("fsdp", "zero"))
     require(
         args.recipe != "digits_lcm" or "pretrained_teacher_model" in args.given or Path("runs/digits-ldm").is_dir(),
@@ -314,7 +314,7 @@ def main(argv: list[str] | None = None) -> None:
     trainer.finish(accelerator, result, run)
 
 
-def open_first_stage_of(args: DistillArguments, autoencoder) -> FirstStage:
+def open_first_stage_of(args: LCMArguments, autoencoder) -> FirstStage:
     """The first stage that the flags name, or else the teacher's own."""
     if args.pretrained_vae_model_name_or_path is not None:
         return open_first_stage(args.pretrained_vae_model_name_or_path, args.seed)
