@@ -36,7 +36,6 @@ try:
     from noisycond.denoisers.text_options import TextModelArguments
     from noisycond.errors import one_sentence_errors, require
     from noisycond.evaluation.in_training import TextEvaluationArguments, TrainingEvaluation, evaluation_prompts
-    from noisycond.export import sampling_scheduler
     from noisycond.noise_schedule import build_objective
     from noisycond.objective import DiffusionObjective
     from noisycond.processes import on_main
@@ -125,9 +124,8 @@ def main(argv: list[str] | None = None) -> None:
     on_main(accelerator, lambda: run.check(args))
     repo_id = on_main(accelerator, lambda: hub.check(args))
 
-    model = open_text_model(args)
+    model, objective, noise_schedule = open_text_model(args)
     first_stage = model.first_stage
-    objective, noise_schedule = build_objective(args, model.name, model.preset)
     data = open_training_data(args, mask_word=mask_word_of(model.text))
     if args.streaming and args.cep_gamma > 0 and args.cep_mode == "fixed":
         require_ids(data.source, "--cep_mode fixed")
@@ -164,7 +162,7 @@ def main(argv: list[str] | None = None) -> None:
     trainer.announce(args, accelerator, data.images, denoiser, batches)
 
     def pipeline():
-        return model.assemble(denoiser, sampling_scheduler(objective, noise_schedule))
+        return model.assemble(denoiser)
 
     tally = CaptionTally()
     result = trainer.fit(
@@ -179,7 +177,9 @@ def main(argv: list[str] | None = None) -> None:
         tallies={"corruption": tally},
         looks=[
             (
-                lambda step: draw_samples(pipeline(), args, prompts, run.samples / f"step-{step:07d}.png"),
+                lambda step: draw_samples(
+                    model.assemble(denoiser), args, prompts, run.samples / f"step-{step:07d}.png"
+                ),
                 args.validation_steps,
             ),
             (evaluation and (lambda step: evaluation(pipeline())), args.eval_steps),
@@ -187,7 +187,10 @@ def main(argv: list[str] | None = None) -> None:
         learning_rates={"encoder.": args.text_encoder_learning_rate or args.learning_rate},
     )
     if result.stopped_by is None:
-        on_main(accelerator, lambda: export(pipeline(), denoiser, args, run, prompts, result, repo_id, evaluation))
+        on_main(
+            accelerator,
+            lambda: export(pipeline(), denoiser, args, run, prompts, result, repo_id, evaluation),
+        )
     trainer.finish(accelerator, result, run)
 
 

@@ -27,9 +27,11 @@ from noisycond.denoisers.text import TextEncoder, open_text_encoder, peek_text_e
 from noisycond.denoisers.text_pipelines import TextPipeline, open_text_pipeline, peek_text_pipeline
 from noisycond.errors import require
 from noisycond.evaluation.in_training import TrainingEvaluation
-from noisycond.export import export_pipeline
+from noisycond.export import export_pipeline, sampling_scheduler
 from noisycond.first_stage import FirstStage, open_first_stage
 from noisycond.lora import add_lora, how_to_load, save_lora
+from noisycond.noise_schedule import build_objective
+from noisycond.objective import DiffusionObjective
 from noisycond.perturbation import ConditionEmbeddingPerturbation
 from noisycond.pipelines import LDMTextToImagePipeline
 from noisycond.randomness import Purpose
@@ -84,6 +86,7 @@ class FromScratch:
         name: as `--denoiser` names it. source: architecture and noise schedule. text: the text encoder.
         latent_channels, factor: of the first stage. resolution: of the images.
         first_stage: the autoencoder; None of one that is not on this machine (dry run).
+        scheduler: what the pipeline samples with; None where nothing is sampled (dry run).
     """
 
     name: str
@@ -93,6 +96,7 @@ class FromScratch:
     factor: int
     resolution: int
     first_stage: FirstStage | None
+    scheduler: DDIMScheduler | None = None
 
     @property
     def preset(self) -> Preset:
@@ -113,17 +117,18 @@ class FromScratch:
             self.source, self.text, latent_channels=self.latent_channels, latent_size=size, **options
         )
 
-    def assemble(self, denoiser: ConditionalDenoiser, scheduler: DDIMScheduler) -> LDMTextToImagePipeline:
+    def assemble(self, denoiser: ConditionalDenoiser) -> LDMTextToImagePipeline:
         """The pipeline with the weights that the denoiser has now, in copies, on the first stage's device."""
         bert = copy.deepcopy(denoiser.encoder.encoders[0]).float().eval().requires_grad_(False)
         unet, tokenizer = denoiser.backbone.export_model(), denoiser.encoder.encode.tokenizers[0]
-        pipeline = LDMTextToImagePipeline(self.first_stage.model, bert, tokenizer, unet, scheduler)
+        pipeline = LDMTextToImagePipeline(self.first_stage.model, bert, tokenizer, unet, self.scheduler)
         pipeline.set_progress_bar_config(disable=True)
         return pipeline.to(self.first_stage.model.device)
 
 
-def open_text_model(args) -> TextPipeline | FromScratch:
-    """The model that the flags name, with its text encoder and first stage.
+def open_text_model(args) -> tuple[TextPipeline | FromScratch, DiffusionObjective, dict]:
+    """The model that the flags name, with its text encoder and first stage; its objective; and its noise schedule by
+    the names of diffusers' schedulers.
 
     Args:
         args: with [`noisycond.denoisers.text_options.TextModelArguments`].
@@ -137,8 +142,11 @@ def open_text_model(args) -> TextPipeline | FromScratch:
         source = find_text_denoiser(args.denoiser)
         text = open_text_encoder(text_encoder_name(args, source.preset), args.train_text_encoder)
         first_stage = open_first_stage(args.pretrained_vae_model_name_or_path, args.seed)
+        objective, noise_schedule = build_objective(args, args.denoiser, source.preset)
         shape = (first_stage.latent_channels, first_stage.factor, args.resolution)
-        return FromScratch(args.denoiser, source, text, *shape, first_stage)
+        scheduler = sampling_scheduler(objective, noise_schedule)
+        model = FromScratch(args.denoiser, source, text, *shape, first_stage, scheduler)
+        return model, objective, noise_schedule
     opened = open_text_pipeline(
         existing,
         resolution=args.resolution,
@@ -148,7 +156,7 @@ def open_text_model(args) -> TextPipeline | FromScratch:
         seed=args.seed,
     )
     require_its_schedule(args, opened)
-    return opened
+    return opened, *build_objective(args, existing, opened.preset)
 
 
 def peek_text_model(args) -> tuple[TextPipeline | FromScratch, str, str]:

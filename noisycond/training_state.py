@@ -350,7 +350,8 @@ def _to_device(batch: dict, device: torch.device) -> dict:
 
 def frozen_names(model: nn.Module) -> set[str]:
     """Names of the parameters that are not trained."""
-    return {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    # Tied ones under each of their names.
+    return {name for name, value in model.named_parameters(remove_duplicate=False) if not value.requires_grad}
 
 
 def parameter_groups(model: nn.Module, learning_rate: float, others: Mapping[str, float]) -> list[dict]:
