@@ -3,6 +3,7 @@
 Letters: N images, K classes.
 """
 
+import functools
 import hashlib
 import inspect
 import json
@@ -225,12 +226,17 @@ def _safety_checker_left_out(name_or_path: str) -> dict:
     """The options of `from_pretrained` that leave out a safety checker; none where the folder has none."""
     if (DiffusionPipeline.load_config(name_or_path).get("safety_checker") or [None])[0] is None:
         return {}
+    _say_that_it_is_left_out(name_or_path)
+    return {"safety_checker": None, "requires_safety_checker": False}
+
+
+@functools.cache  # a pipeline is opened again for its figures
+def _say_that_it_is_left_out(name_or_path: str) -> None:
     logger.warning(
         "%s has a safety checker, which would put black images in the place of some: the pipeline is opened without "
         "it, so that metrics see what the model draws.",
         name_or_path,
     )
-    return {"safety_checker": None, "requires_safety_checker": False}
 
 
 def _refuse_other_conditions(pipeline: DiffusionPipeline, name_or_path: str) -> None:
