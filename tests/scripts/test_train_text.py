@@ -16,8 +16,11 @@ from diffusers import DiffusionPipeline
 from launching import ROOT, launch
 from PIL import Image
 from safetensors.torch import load_file
+from shards import captioned, write_captioned_shards, write_one
+from tiny_language_model import tiny_language_model
 
 from noisycond import pictures, sampling
+from noisycond.data.sources import Digits
 from noisycond.pipelines import LDMTextToImagePipeline
 
 
@@ -229,3 +232,73 @@ def test_what_cannot_be_is_said_in_a_sentence(flags, words, refused, tiny_text, 
         tiny_text += ["--recipe", "none", "--dataset_name", "digits", "--resolution", "32"]
     assert words in refused(SCRIPT, *tiny_text, *flags.split())
     assert not (tmp_path / "run/run.json").exists()
+
+
+@pytest.fixture
+def shards(tmp_path, tiny_text) -> list[str]:
+    """Flags of a run on four shards of captioned digits: one is cut in the middle, the last has some of no use."""
+    folder = tmp_path / "shards"
+    paths = write_captioned_shards(folder, [24, 24, 24])
+    paths[1].write_bytes(paths[1].read_bytes()[: paths[1].stat().st_size // 2])
+    source = Digits("train")
+    good = captioned(source, 0)
+    bad = [good | {"png": b"nonsense"}, {"png": good["png"]}, good | {"txt": b"  "}]
+    write_one(folder / "00003.tar", [good, *bad, *(captioned(source, index) for index in range(1, 9))])
+    others = {"train_shards": folder / "{00000..00003}.tar", "shuffle_buffer_size": 16, "max_train_steps": 12}
+    others |= {"resolution": 32, "pretrained_vae_model_name_or_path": "digits-vq", "checkpointing_steps": 4}
+    place = tiny_text.index("--max_train_samples")
+    flags = [*tiny_text[:place], *tiny_text[place + 2 :]]
+    return [*flags, *(str(word) for name, value in others.items() for word in (f"--{name}", value))]
+
+
+def test_shards_with_broken_parts_train_on_and_all_is_reported(script, shards, tmp_path, caplog):
+    flags = [*shards, "--corruption_ratio", "0.5", "--learning_rate", "1e-2"]
+    script(SCRIPT, *flags)
+    said = caplog.text
+    for name in ("the shard 00001.tar after", "00003.tar/0001", "00003.tar/0002", "00003.tar/0003"):
+        assert f"Skipping what cannot be read: {name}" in said
+    told = counts(tmp_path / "run")
+    assert told["examples_seen"] == 96 and 0.3 < told["realized_ratio"] < 0.7
+    assert (tmp_path / "run/model_index.json").exists()
+
+    # Cut after step 4 and gone on with: the same examples with the same captions.
+    script(SCRIPT, *flags, "--output_dir", tmp_path / "cut", "--max_train_steps", "4")
+    script(SCRIPT, *flags, "--output_dir", tmp_path / "cut", "--resume_from_checkpoint", "latest")
+    assert losses(tmp_path / "cut") == losses(tmp_path / "run")
+    assert counts(tmp_path / "cut") == told
+
+
+def test_too_much_that_is_broken_ends_the_run(refused, shards):
+    said = refused(SCRIPT, *shards, "--max_bad_images", "2")
+    assert "--max_bad_images 2" in said and "cannot be read" in said
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        ("--caption_column caption2", "cannot be read"),
+        ("--cache_text_embeddings --train_text_encoder no", "--cache_text_embeddings does not go with --streaming"),
+        ("--caption_rewriter x --corruption_type llm --corruption_ratio 0.1", "--caption_rewriter does not go with"),
+        ("--save_corruption_map", "--save_corruption_map does not go with"),
+    ],
+)
+def test_what_a_stream_cannot_do_is_said_in_a_sentence(flags, words, refused, shards):
+    assert words in refused(SCRIPT, *shards, *flags.split())
+
+
+def test_a_language_model_rewrites_captions(script, tiny_text, tmp_path):
+    """The model, of random weights, babbles; what it says is what is trained on."""
+    folder = tiny_language_model(tmp_path / "model")
+    flags = [*tiny_text, "--corruption_ratio", "0.1", "--corruption_type", "llm", "--max_train_steps", "2"]
+    script(SCRIPT, *flags, "--caption_rewriter", folder, "--save_corruption_map", "--max_train_samples", "16")
+    kept = tmp_path / "run/rewritten_captions.jsonl"
+    rows = [json.loads(line) for line in kept.read_text(encoding="utf-8").splitlines()]
+    rewritten = {row["caption"]: row["rewritten"] for row in rows if "caption" in row}
+    with (tmp_path / "run/corruption_map.csv").open(newline="", encoding="utf-8") as file:
+        changed = [row for row in csv.DictReader(file) if row["true"] != row["corrupted"]]
+    assert changed and all(rewritten[row["true"]] == row["corrupted"] for row in changed)
+    told = losses(tmp_path / "run")
+    script(
+        SCRIPT, *flags, "--rewritten_captions", kept, "--max_train_samples", "16", "--output_dir", tmp_path / "again"
+    )
+    assert losses(tmp_path / "again") == told

@@ -7,11 +7,9 @@ import pytest
 import torch
 from accelerate import Accelerator
 from captioned import arguments
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
+from tiny_language_model import tiny_language_model
 
 from noisycond.data import rewriting
-from noisycond.data.digit_captions import vocabulary
 from noisycond.data.opening import open_training_data
 from noisycond.data.rewriting import CaptionRewriter, read_rewritings, rewrite, rewrite_captions
 from noisycond.errors import InputError
@@ -21,31 +19,9 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 TEXTS = [f"the digit {digit}" for digit in range(10)]
 
 
-def model_folder(path, kind: str) -> str:
-    """A language model of random weights and a tokenizer of whole words."""
-    words = ["<pad>", "</s>", "<unk>", *vocabulary(), *rewriting.PROMPT.replace("{}", "").split()]
-    ids = {word: number for number, word in enumerate(dict.fromkeys(words))}
-    tokenizer = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    special = {"eos_token": "</s>", "unk_token": "<unk>"} | ({"pad_token": "<pad>"} if kind == "t5" else {})
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(path)
-    torch.manual_seed(0)
-    if kind == "gpt2":
-        config = GPT2Config(
-            vocab_size=len(ids), n_positions=160, n_embd=16, n_layer=1, n_head=2, eos_token_id=1, bos_token_id=1
-        )
-        GPT2LMHeadModel(config).save_pretrained(path)
-    else:
-        config = T5Config(
-            vocab_size=len(ids), d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2, decoder_start_token_id=0
-        )
-        T5ForConditionalGeneration(config).save_pretrained(path)
-    return str(path)
-
-
 @pytest.fixture(scope="module", params=["gpt2", "t5"])
 def model(request, tmp_path_factory) -> str:
-    return model_folder(tmp_path_factory.mktemp(request.param), request.param)
+    return tiny_language_model(tmp_path_factory.mktemp(request.param), request.param)
 
 
 @pytest.fixture
