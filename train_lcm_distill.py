@@ -27,15 +27,24 @@ try:
         flag,
         parse_arguments,
     )
-    from noisycond.cards import distillation_card, distilled_call
+    from noisycond.cards import (
+        UNKNOWN_PLACE,
+        distillation_card,
+        distilled_call,
+        loading_code,
+        lora_loading_code,
+        public_name,
+    )
     from noisycond.class_conditional import SampleGridArguments, draw_samples, label_conditions, open_corruption
     from noisycond.data.corruption_map import save_corruption_map
     from noisycond.data.opening import open_batches, open_training_data
+    from noisycond.denoisers.text_options import DEFAULT_RANK
     from noisycond.distillation import ConsistencyDistillation, guidance_embedding, guided
     from noisycond.errors import one_sentence_errors, require
     from noisycond.evaluation.in_training import EvaluationArguments, TrainingEvaluation
     from noisycond.export import class_pipeline
     from noisycond.first_stage import FirstStage, open_first_stage, state_hash
+    from noisycond.lora import add_lora, how_to_load, save_lora
     from noisycond.perturbation import ConditionEmbeddingPerturbation
     from noisycond.processes import on_main
     from noisycond.run_folder import RunFolder, claim
@@ -69,6 +78,14 @@ class LCMArguments(
     loss_type: Literal["l2", "huber"] = flag("l2", "The distance of the student's output from its target.")
     huber_c: float = flag(0.001, "c of the Huber loss √(error² + c²) - c.")
     unet_time_cond_proj_dim: int = flag(256, "The dimension of the guidance embedding that the student's U-Net gets.")
+    use_lora: bool = flag(
+        False, "Train low-rank adapters of the teacher's U-Net (LCM-LoRA), without an embedding of the guidance."
+    )
+    rank: int = flag(DEFAULT_RANK, "Rank of the LoRA matrices.")
+    lora_alpha: float | None = flag(None, "α of LoRA, whose updates are scaled by α/rank; the default is the rank.")
+    lora_target_modules: list[str] = flag(
+        [], "Modules that get LoRA, by the ends of their names; the default is to_k, to_q, to_v and to_out.0."
+    )
     timestep_scaling_factor: float = flag(10.0, "Scales timesteps in the boundary scalings c_skip and c_out.")
     ema_decay: float = flag(0.95, "Decay of the moving average, which is the target network and what is exported.")
     conditioning_dropout_prob: float = flag(0.0, "Share of examples distilled without their condition.")
@@ -80,14 +97,16 @@ class LCMArguments(
     enable_xformers_memory_efficient_attention: bool = flag(False, "Use the attention of xformers.")
 
     def __post_init__(self):
+        require(
+            0 <= self.w_min <= self.w_max < float("inf"),
+            f"--w_min is {self.w_min} and --w_max {self.w_max}, but w must run upwards from 0 (no guidance) or more.",
+        )
+        if self.validation_guidance_scale is None:  # LoRA has the guidance in its weights
+            self.validation_guidance_scale = 1.0 if self.use_lora else 1 + (self.w_min + self.w_max) / 2
         super().__post_init__()
         require(
             self.pretrained_teacher_model is not None,
             "--pretrained_teacher_model is needed: the folder or Hub id of the pipeline to distil.",
-        )
-        require(
-            0 <= self.w_min <= self.w_max < float("inf"),
-            f"--w_min is {self.w_min} and --w_max {self.w_max}, but w must run upwards from 0 (no guidance) or more.",
         )
         for name in ("num_ddim_timesteps", "huber_c", "timestep_scaling_factor"):
             value = getattr(self, name)
@@ -113,20 +132,31 @@ class LCMArguments(
             not self.cache_latents or self.center_crop or self.dataset_name == "digits",
             "--cache_latents needs --center_crop: a random crop is another image every epoch.",
         )
-        if self.validation_guidance_scale is None:
-            self.validation_guidance_scale = 1 + (self.w_min + self.w_max) / 2
+        self._check_lora()
+
+    def _check_lora(self) -> None:
+        if not self.use_lora:
+            for name, default in (("rank", DEFAULT_RANK), ("lora_alpha", None), ("lora_target_modules", [])):
+                require(getattr(self, name) == default, f"--{name} has no effect without --use_lora; add it.")
+            return
         require(
-            self.validation_guidance_scale >= 1,
-            f"--validation_guidance_scale is {self.validation_guidance_scale}, but it must be at least 1 (none).",
+            self.unet_time_cond_proj_dim == 256,
+            "--unet_time_cond_proj_dim has no effect with --use_lora: the U-Net stays the teacher's, which embeds no "
+            "guidance; leave it off.",
+        )
+        require(self.rank > 0, f"--rank is {self.rank}, but it must be positive.")
+        require(
+            self.lora_alpha is None or 0 < self.lora_alpha < float("inf"),
+            f"--lora_alpha is {self.lora_alpha}, but it must be a positive number.",
         )
 
 
 def make_student(args: LCMArguments, teacher, latent_size: int):
-    """The teacher's copy that is trained, with an embedding of the guidance, and CEP."""
+    """The teacher's copy that is trained, with an embedding of the guidance or with LoRA, and CEP."""
     student = teachers.make_student(
         teacher,
         latent_size,
-        args.unet_time_cond_proj_dim,
+        None if args.use_lora else args.unet_time_cond_proj_dim,
         perturbation=ConditionEmbeddingPerturbation(args.cep_gamma, args.cep_type, args.seed),
         fixed=args.cep_mode == "fixed",
         perturb_null=args.cep_perturb_null,
@@ -134,6 +164,8 @@ def make_student(args: LCMArguments, teacher, latent_size: int):
         label_smoothing=args.label_smoothing,
         seed=args.seed,
     )
+    if args.use_lora:
+        add_lora(student, args.rank, args.lora_alpha, args.lora_target_modules)
     if args.gradient_checkpointing:
         student.backbone.model.enable_gradient_checkpointing()
     return student
@@ -219,6 +251,30 @@ def make_label_conditions(args: LCMArguments, corruption, null_class: int):
     return conditions
 
 
+def loading(pipeline, args: LCMArguments, location: str | Path, teacher: str) -> str:
+    """How to load what a run leaves at a folder or Hub id, and to draw an image in few steps."""
+    if not args.use_lora:
+        return loading_code(pipeline, location, distilled_call(args))
+    scheduler = f'LCMScheduler.from_pretrained("{location}", subfolder="scheduler")'
+    load = f"from diffusers import LCMScheduler\n\npipeline.scheduler = {scheduler}\n{how_to_load(pipeline, location)}"
+    return lora_loading_code(pipeline, teacher, load, None, distilled_call(args))
+
+
+def export(pipeline, student, args: LCMArguments, run: RunFolder, class_names, result, repo_id, evaluation) -> None:
+    """Writes what a run leaves behind: of LoRA the adapters and the scheduler, else the whole pipeline."""
+    public = loading(pipeline, args, repo_id or UNKNOWN_PLACE, public_name(args.pretrained_teacher_model))
+    card = distillation_card(pipeline, args, class_names, result, public)
+
+    def write_lora() -> None:
+        save_lora(pipeline, student, run.path)
+        pipeline.scheduler.save_pretrained(run.path / "scheduler")
+        card.save(run.path / "README.md")
+
+    code = loading(pipeline, args, run.path, args.pretrained_teacher_model)
+    write = write_lora if args.use_lora else None
+    class_conditional.export(pipeline, args, run, class_names, result, card, repo_id, evaluation, code, write)
+
+
 @one_sentence_errors
 def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(LCMArguments, argv, default_recipe="digits_lcm")
@@ -285,10 +341,7 @@ def main(argv: list[str] | None = None) -> None:
         return class_pipeline(student, first_stage, scheduler)
 
     def finish():
-        exported = pipeline()
-        card = distillation_card(exported, args, class_names, result, repo_id)
-        told = distilled_call(args)
-        class_conditional.export(exported, args, run, class_names, result, card, repo_id, evaluation, told)
+        export(pipeline(), student, args, run, class_names, result, repo_id, evaluation)
 
     result = trainer.fit(
         student,

@@ -34,10 +34,12 @@ image = pipeline({condition}, {call}).images[0]
 """
 
 
-def lora_loading_code(pipeline, base: str, load: str, condition: str) -> str:
+def lora_loading_code(
+    pipeline, base: str, load: str, condition: str | None, call: str = "num_inference_steps=50"
+) -> str:
     """How to load LoRA weights onto the pipeline `base` that they were trained on, and draw an image; `load` is the
     code that loads them, see [`loading_code`]."""
-    lines = loading_code(pipeline, base, condition=condition).splitlines(keepends=True)
+    lines = loading_code(pipeline, base, call, condition).splitlines(keepends=True)
     return "".join([*lines[:-1], f"{load}\n", lines[-1]])
 
 
@@ -50,14 +52,14 @@ def model_card(
     pipeline,
     tags: Sequence[str] = (),
     repo_id: str | None = None,
-    call: str = "num_inference_steps=50",
+    code: str | None = None,
 ) -> ModelCard:
     """A model card: what was trained, with which corruption and CEP, the sample grid, and how to load it.
 
     Args:
         settings: what the table lists, in order, a name and a value. picture: the grid's path inside the folder.
         pipeline: what the folder holds. tags: beside those that every card has. repo_id: where it is pushed to.
-        call: see [`loading_code`].
+        code: how to load it; by default as [`loading_code`] says.
     """
     shown = ", ".join(class_names[:10]) + (", …" if len(class_names) > 10 else "")
     tags = ["class-conditional", *tags, f"diffusers:{type(pipeline).__name__}"]
@@ -65,7 +67,7 @@ def model_card(
         _front_matter(tags, "unconditional-image-generation"),
         f"# {title}\n\nA class-conditional latent diffusion model",
         picture,
-        loading_code(pipeline, repo_id or UNKNOWN_PLACE, call),
+        code or loading_code(pipeline, repo_id or UNKNOWN_PLACE),
         f"{len(class_names)} classes: {shown}",
         settings,
     )
@@ -154,8 +156,9 @@ def _settings(args, result, baselines: Sequence[str]) -> dict[str, object]:
     }
 
 
-def distillation_card(pipeline, args, class_names: Sequence[str], result, repo_id: str | None) -> ModelCard:
-    """The card of a class-conditional latent consistency model; arguments as for [`class_conditional_card`]."""
+def distillation_card(pipeline, args, class_names: Sequence[str], result, code: str) -> ModelCard:
+    """The card of a class-conditional latent consistency model, or of LoRA weights that make its teacher one;
+    arguments as for [`class_conditional_card`], and `code`, how to load it."""
     dataset, teacher = _dataset(args), public_name(args.pretrained_teacher_model)
     baselines = ("input_perturbation", "embedding_dropout", "label_smoothing", "conditioning_dropout_prob")
     settings = {
@@ -164,6 +167,7 @@ def distillation_card(pipeline, args, class_names: Sequence[str], result, repo_i
         "dataset": dataset,
         "resolution": args.resolution,
         "optimizer steps": result.step,
+        **({"LoRA rank": args.rank} if args.use_lora else {}),
         "guidance scales of the teacher (w + 1)": f"{args.w_min + 1:g} to {args.w_max + 1:g}",
         "steps of the solver": args.num_ddim_timesteps,
         "loss": args.loss_type + (f", c = {args.huber_c}" if args.loss_type == "huber" else ""),
@@ -178,9 +182,8 @@ def distillation_card(pipeline, args, class_names: Sequence[str], result, repo_i
         class_names,
         "samples/final.png",
         pipeline=pipeline,
-        tags=["latent-consistency-model", *_features(args)],
-        repo_id=repo_id,
-        call=distilled_call(args),
+        tags=["latent-consistency-model", *(["lora"] if args.use_lora else []), *_features(args)],
+        code=code,
     )
 
 

@@ -2,6 +2,7 @@
 corruption, and what a run leaves behind.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -94,18 +95,23 @@ def export(
     card: ModelCard,
     repo_id: str | None,
     evaluation: TrainingEvaluation | None,
-    call: str = "num_inference_steps=50",
+    code: str | None = None,
+    write: Callable[[], None] | None = None,
 ) -> None:
     """Writes the last sample grid and what else a run leaves behind; see [`noisycond.results.leave_results`].
-    `call` is what [`noisycond.cards.loading_code`] takes."""
+
+    Args:
+        code: how to load it; by default as [`noisycond.cards.loading_code`] says.
+        write: writes what was trained; by default the pipeline with the card.
+    """
     draw_samples(pipeline, args, len(class_names), run.samples / "final.png")
     leave_results(
         pipeline,
         args,
         run,
         result,
-        write=lambda: export_pipeline(pipeline, run.path, class_names, card),
-        how_to_load=loading_code(pipeline, run.path, call),
+        write=write or (lambda: export_pipeline(pipeline, run.path, class_names, card)),
+        how_to_load=code or loading_code(pipeline, run.path),
         evaluation=evaluation,
         repo_id=repo_id,
     )

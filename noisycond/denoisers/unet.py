@@ -3,6 +3,8 @@
 Letters: B examples, C latent channels, h × w their size, L tokens of the condition, D their dimension, K classes.
 """
 
+import copy
+
 import torch
 from diffusers import UNet2DConditionModel
 from diffusers.models.resnet import ResnetBlock2D
@@ -96,7 +98,9 @@ class UNetBackbone(nn.Module):
         return self.export_model(), ClassEmbedder.from_table(class_table.detach().float().cpu())
 
     def export_model(self) -> UNet2DConditionModel:
-        """The U-Net alone, in eval mode and float32 on the CPU, with weights of its own."""
+        """The U-Net alone, in eval mode and float32 on the CPU, with weights of its own, adapters (LoRA) included."""
+        if hasattr(self.model, "peft_config"):
+            return copy.deepcopy(self.model).float().cpu().eval()
         # Built on the meta device and filled by reference: initializing what is replaced at once takes long.
         with torch.device("meta"):
             model = UNet2DConditionModel(**self.model.config)

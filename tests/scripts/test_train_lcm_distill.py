@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from noisycond import pictures, sampling, teachers
 from noisycond.data.batches import collate
+from noisycond.lora import WEIGHTS
 from noisycond.training_state import AveragedWeights
 
 
@@ -230,6 +231,26 @@ def test_the_guidance_that_was_distilled_is_what_the_pipeline_is_asked_for(teach
     assert (distillation.output(prediction, latents, timesteps) - expected).abs().max() < 1e-3
 
 
+def test_lora_leaves_adapters_for_the_teacher(script, tiny, teacher, tmp_path, capsys):
+    script("train_lcm_distill", *tiny, "--use_lora", "--rank", "2")
+    folder = tmp_path / "run"
+    assert not (folder / "unet").exists() and not (folder / "model_index.json").exists()
+    said, card = capsys.readouterr().out, (folder / "README.md").read_text()
+    for text in (said, card):
+        assert "load_lora_adapter" in text and "LCMScheduler" in text and "guidance_scale=1)" in text
+    pipeline = DiffusionPipeline.from_pretrained(teacher, trust_remote_code=True)
+    before = sampling.sample(pipeline, [3], [0], seed=0, guidance_scale=1.0, num_inference_steps=2)
+    pipeline.scheduler = LCMScheduler.from_pretrained(folder, subfolder="scheduler")
+    pipeline.unet.load_lora_adapter(folder, prefix=None, weight_name=WEIGHTS)
+    settings = {"seed": 0, "guidance_scale": 1.0, "num_inference_steps": 2}
+    images = sampling.sample_all(pipeline, sampling.class_rows(10, 1), **settings)
+    drawn = np.array(Image.open(folder / "samples/final.png"))
+    assert np.array_equal(np.array(pictures.image_grid(images, 1, scale=2)), drawn)
+    assert not np.array_equal(np.array(images[3]), np.array(before[0]))
+    average = load_file(folder / "checkpoint-4/ema.safetensors")
+    assert average and all("lora" in name for name in average)
+
+
 def test_dry_run(script, tiny, tmp_path, capsys):
     script("train_lcm_distill", *tiny, "--dry_run")
     said = capsys.readouterr().out
@@ -250,6 +271,9 @@ def test_dry_run(script, tiny, tmp_path, capsys):
         (["--validation_inference_steps", "51"], ["--validation_inference_steps is 51", "--num_ddim_timesteps, 50"]),
         (["--validation_guidance_scale", "0.5"], ["--validation_guidance_scale is 0.5"]),
         (["--pretrained_teacher_model", "nowhere"], ["--pretrained_teacher_model nowhere", "neither a folder nor"]),
+        (["--use_lora", "--unet_time_cond_proj_dim", "32"], ["--unet_time_cond_proj_dim has no effect", "--use_lora"]),
+        (["--rank", "2"], ["--rank has no effect without --use_lora"]),
+        (["--use_lora", "--rank", "0"], ["--rank is 0"]),
         (["--class_subset", "5"], ["--pretrained_teacher_model", "other classes"]),
         (["--pretrained_vae_model_name_or_path", "digits-kl"], ["latents of 3 channels", "have 4"]),
         (["--resolution", "36"], ["--resolution", "9 pixels", "multiple of 2"]),
