@@ -89,6 +89,15 @@ def test_a_base_pipeline_with_the_saved_weights_draws_the_same_images(text_folde
     assert np.abs(images(plain) - base).max() > 1e-3
 
 
+def test_alpha_scales_the_update(text_folders):
+    scales = {
+        alpha: {layer.scaling["default"] for layer in adapted(text_folders, "sd", alpha=alpha)[1].modules()
+                if hasattr(layer, "lora_A")}
+        for alpha in (None, 5.0)
+    }  # fmt: skip
+    assert scales == {None: {1.0}, 5.0: {2.5}}
+
+
 def test_other_layers_can_be_named(text_folders):
     _, denoiser = adapted(text_folders, "sd", target_modules=["conv1"])
     assert all(".conv1.lora_" in name for name, value in denoiser.named_parameters() if value.requires_grad)
