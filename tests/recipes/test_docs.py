@@ -21,14 +21,17 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 RECIPES_README = (ROOT / "recipes/README.md").read_text(encoding="utf-8")
 SCALING = (ROOT / "docs/scaling.md").read_text(encoding="utf-8")
 METRICS_PAGE = (ROOT / "docs/metrics.md").read_text(encoding="utf-8")
+TEXT_PAGE = (ROOT / "docs/text_to_image.md").read_text(encoding="utf-8")
 DOCS = {
     "README.md": README,
+    "docs/text_to_image.md": TEXT_PAGE,
     "recipes/README.md": RECIPES_README,
     "docs/scaling.md": SCALING,
     "docs/metrics.md": METRICS_PAGE,
 }
 SCRIPTS = {
     "train_class_cond.py": ("ClassCondArguments", "digits_dit_mini"),
+    "train_text_to_image_corrupt.py": ("TextToImageArguments", "digits_text"),
     "train_autoencoder.py": ("AutoencoderArguments", "digits_kl"),
     "generate.py": ("GenerateArguments", None),
     "evaluate_model.py": ("EvaluateArguments", None),
@@ -91,20 +94,36 @@ def test_the_flags_of_conversion_are_told():
     assert len(conversions()) >= 5 and told == known - {"source", "output_dir", "recipe"}
 
 
-def test_flag_table_has_the_real_flags_and_defaults():
-    fields = {item.name: item for item in dataclasses.fields(arguments_class("train_class_cond.py"))}
-    rows = re.findall(r"^\| `--(\w+)` \| (\S*) ?\|", README, re.M)
-    assert len(rows) > 30
+@pytest.mark.parametrize(
+    "script, page, least",
+    [("train_class_cond.py", README, 30), ("train_text_to_image_corrupt.py", TEXT_PAGE, 24)],
+    ids=["classes", "text"],
+)
+def test_flag_table_has_the_real_flags_and_defaults(script, page, least):
+    fields = {item.name: item for item in dataclasses.fields(arguments_class(script))}
+    rows = re.findall(r"^\| `--(\w+)` \| (\S*) ?\|", page, re.M)
+    assert len(rows) > least
     for name, default in rows:
         if name.startswith("no_"):
             assert fields[name.removeprefix("no_")].default is True
         else:
-            shown = "" if fields[name].default is None else str(fields[name].default)
+            value = fields[name].default
+            shown = "" if value in (None, dataclasses.MISSING) else str(value)  # lists are made anew: none by default
             assert default == shown, name
 
 
-def test_every_flag_of_the_main_script_has_help():
-    for item in dataclasses.fields(arguments_class("train_class_cond.py")):
+def test_the_flags_that_are_particular_to_text_are_all_told():
+    of_classes, of_text = (
+        {item.name: item.metadata["help"] for item in dataclasses.fields(arguments_class(script))}
+        for script in ("train_class_cond.py", "train_text_to_image_corrupt.py")
+    )
+    told = set(re.findall(r"^\| `--(\w+)` \|", TEXT_PAGE, re.M))
+    assert told >= of_text.keys() - of_classes.keys()
+
+
+@pytest.mark.parametrize("script", ["train_class_cond.py", "train_text_to_image_corrupt.py"])
+def test_every_flag_of_the_main_scripts_has_help(script):
+    for item in dataclasses.fields(arguments_class(script)):
         assert len(item.metadata["help"]) > 10, item.name
 
 
