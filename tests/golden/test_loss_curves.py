@@ -20,6 +20,7 @@ HERE = Path(__file__).parent
 RUNS = {
     "digits_dit_mini": ["train_class_cond", "--corruption_ratio", "0.1"],
     "digits_ldm": ["train_class_cond", "--recipe", "digits_ldm", "--corruption_ratio", "0.1"],
+    "digits_text": ["train_text_to_image_corrupt", "--corruption_ratio", "0.1"],
     "digits_kl": ["train_autoencoder", "--recipe", "digits_kl"],
     "digits_vq": ["train_autoencoder", "--recipe", "digits_vq"],
 }
@@ -34,8 +35,10 @@ def machine() -> list[str]:
 def test_loss_curve(name, script, tmp_path):
     script_name, *words = RUNS[name]
     words += ["--output_dir", tmp_path / "run", "--max_train_steps", "8", "--report_to", "none"]
-    if script_name == "train_class_cond":
-        words += ["--validation_images_per_class", "1", "--validation_inference_steps", "1"]
+    if script_name != "train_autoencoder":
+        of_classes = script_name == "train_class_cond"
+        words += ["--validation_images_per_class" if of_classes else "--num_validation_images", "1"]
+        words += ["--validation_inference_steps", "1"]
     script(script_name, *words, "--cpu_threads_per_process", "1")
     losses = [json.loads(line)["loss"] for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
     file = HERE / f"{name}.json"
