@@ -148,7 +148,7 @@ def main(argv: list[str] | None = None) -> None:
         "frozen": frozen_fingerprint(denoiser),
     }
     first_stage.to(accelerator.device)
-    texts = cache_texts(args, data, denoiser, accelerator) if args.cache_text_embeddings else model.text
+    texts = cache_texts(args, data, denoiser.encoder, accelerator) if args.cache_text_embeddings else model.text
     batches = open_batches(args, data, accelerator, first_stage, texts.encode)
     facts |= trainer.facts(args, batches)
     on_main(accelerator, lambda: checkpoints.check_space(args, denoiser))

@@ -8,6 +8,7 @@ import math
 import re
 import sys
 from argparse import ArgumentTypeError
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -470,6 +471,31 @@ class SamplingArguments(Arguments):
             )
 
 
+DEFAULT_RANK = 4
+
+
+@dataclass
+class LoRAArguments(Arguments):
+    use_lora: bool = flag(False, "Train low-rank adapters of the denoiser (LoRA) instead of its weights; needs peft.")
+    rank: int = flag(DEFAULT_RANK, "Rank of the LoRA matrices.")
+    lora_alpha: float | None = flag(None, "α of LoRA, whose updates are scaled by α/rank; the default is the rank.")
+    lora_target_modules: list[str] = flag(
+        [], "Modules that get LoRA, by the ends of their names; the default is to_k, to_q, to_v and to_out.0."
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not self.use_lora:
+            for name, default in (("rank", DEFAULT_RANK), ("lora_alpha", None), ("lora_target_modules", [])):
+                require(getattr(self, name) == default, f"--{name} has no effect without --use_lora; add it.")
+            return
+        require(self.rank > 0, f"--rank is {self.rank}, but it must be positive.")
+        require(
+            self.lora_alpha is None or 0 < self.lora_alpha < math.inf,
+            f"--lora_alpha is {self.lora_alpha}, but it must be a positive number.",
+        )
+
+
 @dataclass
 class HubArguments(Arguments):
     push_to_hub: bool = flag(False, "Push what was trained to the Hugging Face Hub when it is complete here.")
@@ -546,6 +572,26 @@ def parse_arguments(cls: type[ArgumentsT], argv: list[str] | None = None, defaul
         raise InputError(f"unknown flag {name}{flag_hint(name, known)}.")
     arguments.inferred, arguments.given = inferred, frozenset(_given(argv))
     return arguments
+
+
+def peek(argv: list[str] | None, classes: Sequence[type[Arguments]], default_recipe: str) -> dict[str, object]:
+    """What a command line and its recipe say, not checked: of a script whose flags depend on one of them. Of the
+    command line only the last word of a flag counts; a switch is None.
+
+    Args:
+        argv: as for [`parse_arguments`]. classes: one of which will be parsed. default_recipe: as there.
+
+    Raises:
+        InputError: there is no such recipe, it cannot be read, or it has a key that none of the classes has.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    recipe = _value_of(argv, "recipe")
+    if recipe is None and all(_is_embedded_default(argv, cls) for cls in classes):
+        recipe = default_recipe
+    known = {item.name: None for cls in classes for item in dataclasses.fields(cls) if item.name != "recipe"}
+    values = {} if recipe in (None, "none") else read_recipe(recipe, known).values
+    said = {name: value for name, value in values.items() if value is not None}
+    return said | {name: _value_of(argv, name) for name in sorted(_given(argv))}
 
 
 def split_words(cls: type[Arguments], argv: list[str]) -> tuple[list[str], list[str]]:
