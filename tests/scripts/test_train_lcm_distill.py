@@ -317,3 +317,8 @@ def test_sharded_weights_are_refused(refused, tiny, monkeypatch, launcher):
 def test_the_miniature_says_where_its_teacher_comes_from(refused, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     assert "train_class_cond.py --recipe digits_ldm" in refused("train_lcm_distill")
+
+
+def test_flags_of_captions_are_refused_for_a_teacher_of_labels(refused, tiny):
+    sentence = refused("train_lcm_distill", *tiny, "--caption_column", "text")
+    assert "--caption_column has no effect" in sentence and "takes class labels" in sentence
