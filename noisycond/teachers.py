@@ -170,7 +170,7 @@ def _index(name: str, revision: str | None) -> dict:
     at = {} if revision is None else {"revision": revision}
     try:
         return DiffusionPipeline.load_config(name, **at)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise InputError(
             f"{FLAG} {name}: neither a folder nor a Hub id of a pipeline ({in_one_line(error)})."
         ) from error

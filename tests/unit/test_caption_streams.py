@@ -74,7 +74,9 @@ def test_captions_are_swapped_within_windows_of_a_shard():
         partners = window_partners(size, 0.5, 0, "0.tar", number).tolist()
         for place, partner in enumerate(partners):
             text = f"shard 0 place {first + partner}"
-            assert made[first + place] == Caption(text, partner != place, False)
+            own = f"shard 0 place {first + place}"
+            is_swapped = partner != place
+            assert made[first + place] == Caption(text, is_swapped, False, own if is_swapped else None)
     assert Counter(caption.text for caption in made) == Counter(raw.captions[0] for raw in examples(Told()))
     assert 8 <= sum(caption.is_corrupted for caption in made) <= 14
 
@@ -141,7 +143,7 @@ def test_llm_takes_the_rewriting_beside_the_caption_or_of_its_text():
     source.captioning.rewritten = {"shard 0 place 3": "painting"}
     source.captioning.where = "in FILE"
     seen = examples(source)
-    assert seen[3].caption == Caption("painting", True)
+    assert seen[3].caption == Caption("painting", True, own="shard 0 place 3")
     assert (
         seen[4].caption is None and seen[4].problem == "its caption is to be corrupted, but has no rewriting in FILE"
     )
