@@ -70,18 +70,18 @@ def grid(pipeline, guidance_scale: float) -> np.ndarray:
     pipeline.set_progress_bar_config(disable=True)
     settings = {"seed": 0, "guidance_scale": guidance_scale, "num_inference_steps": 2}
     images = sampling.sample_all(pipeline, PROMPTS, **settings)
-    return np.array(pictures.image_grid(images, 1, scale=64 // SIZE))
+    return np.array(pictures.image_grid(images, 1, scale=64 // images[0].width))
 
 
 @pytest.mark.parametrize("kind", ["sd", "ldm"])
 def test_leaves_a_pipeline_that_gives_the_images_of_training(kind, script, flags, text_folders, tmp_path, capsys):
-    script(SCRIPT, *flags(kind, timestep_scaling_factor=5))
+    script(SCRIPT, *flags(kind, timestep_scaling_factor=5, resolution=2 * SIZE))  # another size than the teacher's
     folder, base = tmp_path / "run", text_folders / kind
     pipeline = DiffusionPipeline.from_pretrained(folder, trust_remote_code=kind == "ldm")
     assert isinstance(pipeline, LatentConsistencyModelPipeline) == (kind == "sd")
     assert type(pipeline).__name__ == {"sd": "LatentConsistencyModelPipeline"}.get(kind, "LDMTextToImagePipeline")
     assert np.array_equal(grid(pipeline, 11.0), drawn(folder))
-    assert pipeline.unet.config.time_cond_proj_dim == 256 and pipeline.unet.config.sample_size == SIZE // 2
+    assert pipeline.unet.config.time_cond_proj_dim == 256 and pipeline.unet.config.sample_size == SIZE
     scheduler = pipeline.scheduler.config
     assert isinstance(pipeline.scheduler, LCMScheduler) and scheduler.timestep_scaling == 5
     assert scheduler.beta_end == 0.012 and not scheduler.clip_sample and scheduler.original_inference_steps == 50
@@ -141,10 +141,10 @@ def first_step(flags, one_thread):
         alone = SimpleNamespace(device=torch.device("cpu"), num_processes=1, process_index=0)
         batch = next(teaching.batches(alone).starting_at(0))
         student, asked = teaching.student().train(), []
-        teaching.teacher.register_forward_pre_hook(lambda module, inputs: asked.append(inputs))
+        teaching.teacher.backbone.register_forward_pre_hook(lambda module, inputs: asked.append(inputs))
         compute_loss = script.make_compute_loss(args, teaching, student, AveragedWeights(), nullcontext)
         loss = compute_loss(student, batch, torch.arange(8)).mean().item()
-        return [(*inputs[:2], inputs[2]["sequence"]) for inputs in asked], loss
+        return [(*inputs[:2], inputs[2].sequence) for inputs in asked], loss
 
     return step
 

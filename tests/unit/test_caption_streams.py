@@ -186,11 +186,10 @@ def test_a_lane_taken_up_in_a_window_sees_the_same_captions():
 # Shards and what `datasets` streams
 
 
-def batches_of(args, processes=1, process=0):
+def batches_of(args, processes=1, process=0, **options):
     data = open_training_data(args)
-    return data, open_batches(
-        args, data, SimpleNamespace(num_processes=processes, process_index=process), encode=encode
-    )
+    alone = SimpleNamespace(num_processes=processes, process_index=process)
+    return data, open_batches(args, data, alone, encode=encode, **options)
 
 
 def rows_of(args, count) -> list[tuple[str, list[int], int]]:
@@ -218,6 +217,19 @@ def shards(tmp_path):
 def stream_arguments(shards, **values):
     flags = {"train_shards": shards / "{00000..00003}.tar", "shuffle_buffer_size": 6, "max_train_steps": 9}
     return arguments(**flags | values)
+
+
+def test_true_captions_come_beside_the_corrupted_ones(shards):
+    def first(ratio, **options) -> list[dict]:
+        _, batches = batches_of(stream_arguments(shards, corruption_ratio=ratio), **options)
+        return list(itertools.islice(batches.starting_at(0), 5))
+
+    changed = 0
+    for both, own in zip(first(1.0, with_true_captions=True), first(0.0), strict=True):
+        assert torch.equal(both["index"], own["index"]) and "true_input_ids" not in own
+        assert torch.equal(both["true_input_ids"], own["input_ids"]) and "true_is_truncated" not in both
+        changed += (both["input_ids"] != own["input_ids"]).any(dim=1).sum()
+    assert changed > 15
 
 
 def test_a_run_goes_on_past_what_is_broken_and_names_it(shards):
