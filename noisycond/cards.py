@@ -182,10 +182,12 @@ def distillation_card(
     tags += ["lora"] * args.use_lora
     if prompts is None:
         return model_card(title, settings, class_names, "samples/final.png", pipeline=pipeline, tags=tags, code=code)
-    kind = "LoRA weights that make a text-to-image model" if args.use_lora else "A text-to-image model that is"
+    kind = (
+        "LoRA weights that make a text-to-image model one of few steps" if args.use_lora else "A text-to-image model"
+    )
     return _generator_card(
         _front_matter(["text-to-image", *tags, f"diffusers:{type(pipeline).__name__}"], "text-to-image", teacher),
-        f"# {title}\n\n{kind} a latent consistency model,",
+        f"# {title}\n\n{kind} (latent consistency),",
         "samples/final.png",
         code,
         "The samples, row by row: " + "; ".join(prompts),

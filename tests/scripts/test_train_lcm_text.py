@@ -3,6 +3,7 @@ teachers share."""
 
 import json
 import re
+import shutil
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,7 +14,7 @@ import torch
 from diffusers import DiffusionPipeline, LatentConsistencyModelPipeline, LCMScheduler
 from launching import load_script
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from text_pipelines import SIZE
 
 from noisycond import pictures, sampling
@@ -127,6 +128,18 @@ def test_a_resumed_run_ends_the_same_and_cached_embeddings_give_the_same_losses(
     whole, cut = (weights(tmp_path / name, "unet") for name in ("cached", "cut"))
     assert all(torch.equal(whole[name], cut[name]) for name in whole)
     assert losses(tmp_path / "cached") == pytest.approx(losses(tmp_path / "run"), rel=1e-4)
+
+
+@pytest.mark.parametrize("part", ["unet", "text_encoder"])
+def test_another_teacher_is_another_run(part, script, refused, flags, text_folders, tmp_path):
+    words = flags("sd")
+    script(SCRIPT, *words, "--max_train_steps", 1)
+    folder = tmp_path / "teacher"
+    shutil.copytree(text_folders / "sd", folder)
+    path = next((folder / part).glob("*.safetensors"))
+    save_file({name: 2 * value for name, value in load_file(path).items()}, path, metadata={"format": "pt"})
+    other = ["--pretrained_teacher_model", folder, "--resume_from_checkpoint", "latest"]
+    assert "has other settings" in refused(SCRIPT, *words, *other)
 
 
 @pytest.fixture
