@@ -69,11 +69,6 @@ class ClassCondArguments(
     def __post_init__(self):
         super().__post_init__()
         require(
-            not (self.cep_gamma > 0 and self.conditioning_dropout_prob == 1.0),
-            "--cep_gamma perturbs the condition embedding, but with --conditioning_dropout_prob 1 the model is "
-            "unconditional; lower one of them.",
-        )
-        require(
             not self.cache_latents or self.center_crop or self.dataset_name == "digits",
             "--cache_latents needs --center_crop: a random crop is another image every epoch.",
         )

@@ -3,11 +3,13 @@
 corruption and condition embedding perturbation on the student's conditions.
 
 accelerate launch train_lcm_distill.py                                  # the class-conditional miniature on digits
+accelerate launch train_lcm_distill.py --recipe digits_text_lcm         # the text-to-image miniature
 accelerate launch train_lcm_distill.py --pretrained_teacher_model runs/ldm-4-in1k --train_data_dir imagenet/train
+accelerate launch train_lcm_distill.py --recipe lcm_sd15_cc3m/cep_u     # LCM-v1.5 of Stable Diffusion 1.5
 """
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal
 
@@ -16,16 +18,18 @@ try:
     import torch
     from torch.func import functional_call
 
-    from noisycond import checkpoints, class_conditional, dry_run, hardware, hub, teachers, trainer
+    from noisycond import checkpoints, dry_run, hardware, hub, trainer
     from noisycond.arguments import (
         CorruptionArguments,
         FirstStageArguments,
         HubArguments,
         LoopArguments,
+        LoRAArguments,
         PerturbationArguments,
         StreamArguments,
         flag,
         parse_arguments,
+        peek,
     )
     from noisycond.cards import (
         UNKNOWN_PLACE,
@@ -35,38 +39,35 @@ try:
         lora_loading_code,
         public_name,
     )
-    from noisycond.class_conditional import SampleGridArguments, draw_samples, label_conditions, open_corruption
-    from noisycond.data.corruption_map import save_corruption_map
-    from noisycond.data.opening import open_batches, open_training_data
-    from noisycond.denoisers.text_options import DEFAULT_RANK
+    from noisycond.class_conditional import ClassTeaching, SampleGridArguments
+    from noisycond.data.caption_options import CaptionCorruptionArguments, CaptionDataArguments
+    from noisycond.denoisers.text_options import TextCacheArguments
     from noisycond.distillation import ConsistencyDistillation, guidance_embedding, guided
     from noisycond.errors import one_sentence_errors, require
-    from noisycond.evaluation.in_training import EvaluationArguments, TrainingEvaluation
-    from noisycond.export import class_pipeline
-    from noisycond.first_stage import FirstStage, open_first_stage, state_hash
-    from noisycond.lora import add_lora, how_to_load, save_lora
-    from noisycond.perturbation import ConditionEmbeddingPerturbation
+    from noisycond.evaluation.in_training import EvaluationArguments, TextEvaluationArguments
+    from noisycond.export import export_pipeline
+    from noisycond.lora import how_to_load, save_lora
     from noisycond.processes import on_main
+    from noisycond.results import leave_results
     from noisycond.run_folder import RunFolder, claim
     from noisycond.sharding import Layout
+    from noisycond.teachers import Teaching, kind_of_teacher
+    from noisycond.text_conditional import PromptGridArguments, TextTeaching
     from noisycond.training_state import AveragedWeights, require_whole_average
 except ModuleNotFoundError as error:
     sys.exit(f"error: {error.name} is not installed; in the checkout, run: pip install -e .")
 
 
 @dataclass
-class LCMArguments(
-    StreamArguments,
-    FirstStageArguments,
-    CorruptionArguments,
-    PerturbationArguments,
-    LoopArguments,
-    SampleGridArguments,
-    EvaluationArguments,
-    HubArguments,
-):
+class LCMArguments(FirstStageArguments, PerturbationArguments, LoRAArguments, LoopArguments, HubArguments):
+    """The flags of the distillation itself; those of data, corruption, sample grids and evaluation are added by what
+    the teacher takes as a condition."""
+
     pretrained_teacher_model: str | None = flag(
-        None, "The pipeline to distil, a folder or Hub id; its first stage is used unless another is named."
+        None,
+        "The pipeline to distil, a folder or Hub id; its first stage is used unless another is named. Of a "
+        "text-to-image one there are the flags of captions instead of those of labels: name it with --help to see "
+        "them.",
     )
     teacher_revision: str | None = flag(None, "The revision of the teacher on the Hub.")
     teacher_condition: Literal["clean", "corrupted"] = flag(
@@ -78,14 +79,6 @@ class LCMArguments(
     loss_type: Literal["l2", "huber"] = flag("l2", "The distance of the student's output from its target.")
     huber_c: float = flag(0.001, "c of the Huber loss √(error² + c²) - c.")
     unet_time_cond_proj_dim: int = flag(256, "The dimension of the guidance embedding that the student's U-Net gets.")
-    use_lora: bool = flag(
-        False, "Train low-rank adapters of the teacher's U-Net (LCM-LoRA), without an embedding of the guidance."
-    )
-    rank: int = flag(DEFAULT_RANK, "Rank of the LoRA matrices.")
-    lora_alpha: float | None = flag(None, "α of LoRA, whose updates are scaled by α/rank; the default is the rank.")
-    lora_target_modules: list[str] = flag(
-        [], "Modules that get LoRA, by the ends of their names; the default is to_k, to_q, to_v and to_out.0."
-    )
     timestep_scaling_factor: float = flag(10.0, "Scales timesteps in the boundary scalings c_skip and c_out.")
     ema_decay: float = flag(0.95, "Decay of the moving average, which is the target network and what is exported.")
     conditioning_dropout_prob: float = flag(0.0, "Share of examples distilled without their condition.")
@@ -132,71 +125,103 @@ class LCMArguments(
             not self.cache_latents or self.center_crop or self.dataset_name == "digits",
             "--cache_latents needs --center_crop: a random crop is another image every epoch.",
         )
-        self._check_lora()
-
-    def _check_lora(self) -> None:
-        if not self.use_lora:
-            for name, default in (("rank", DEFAULT_RANK), ("lora_alpha", None), ("lora_target_modules", [])):
-                require(getattr(self, name) == default, f"--{name} has no effect without --use_lora; add it.")
-            return
         require(
-            self.unet_time_cond_proj_dim == 256,
+            not self.use_lora or self.unet_time_cond_proj_dim == 256,
             "--unet_time_cond_proj_dim has no effect with --use_lora: the U-Net stays the teacher's, which embeds no "
             "guidance; leave it off.",
         )
-        require(self.rank > 0, f"--rank is {self.rank}, but it must be positive.")
+
+
+@dataclass
+class ClassLCMArguments(LCMArguments, StreamArguments, CorruptionArguments, SampleGridArguments, EvaluationArguments):
+    """Of a class-conditional teacher."""
+
+
+@dataclass
+class TextLCMArguments(
+    LCMArguments,
+    CaptionDataArguments,
+    TextCacheArguments,
+    CaptionCorruptionArguments,
+    PromptGridArguments,
+    TextEvaluationArguments,
+):
+    """Of a text-to-image teacher."""
+
+    def __post_init__(self):
+        super().__post_init__()
         require(
-            self.lora_alpha is None or 0 < self.lora_alpha < float("inf"),
-            f"--lora_alpha is {self.lora_alpha}, but it must be a positive number.",
+            not self.use_lora or self.pretrained_vae_model_name_or_path is None,
+            "--pretrained_vae_model_name_or_path does not go with --use_lora: the adapters are for the teacher's own "
+            "pipeline, with its first stage; leave it off.",
         )
 
 
-def make_student(args: LCMArguments, teacher, latent_size: int):
-    """The teacher's copy that is trained, with an embedding of the guidance or with LoRA, and CEP."""
-    student = teachers.make_student(
-        teacher,
-        latent_size,
-        None if args.use_lora else args.unet_time_cond_proj_dim,
-        perturbation=ConditionEmbeddingPerturbation(args.cep_gamma, args.cep_type, args.seed),
-        fixed=args.cep_mode == "fixed",
-        perturb_null=args.cep_perturb_null,
-        embedding_dropout=args.embedding_dropout,
-        label_smoothing=args.label_smoothing,
-        seed=args.seed,
+ARGUMENTS = {"class labels": ClassLCMArguments, "captions": TextLCMArguments}
+TEACHINGS: dict[type[LCMArguments], type[Teaching]] = {
+    ClassLCMArguments: ClassTeaching,
+    TextLCMArguments: TextTeaching,
+}
+# Where the teachers of the miniatures come from, by recipe.
+MINIATURES = {
+    "digits_lcm": ("runs/digits-ldm", "train_class_cond.py --recipe digits_ldm"),
+    "digits_text_lcm": ("runs/digits-text", "train_text_to_image_corrupt.py --recipe digits_text"),
+}
+
+
+def arguments_class(argv: list[str] | None = None) -> type[LCMArguments]:
+    """Which flags a command line has: those of what its teacher takes as a condition. Of a teacher that cannot be
+    looked at, those that fit what is given, which parsing and opening then check.
+
+    Raises:
+        InputError: the teacher can be looked at and cannot be distilled, or a flag is for another kind of teacher.
+    """
+    said = peek(argv, list(ARGUMENTS.values()), "digits_lcm")
+    own = {kind: {item.name for item in fields(cls)} for kind, cls in ARGUMENTS.items()}
+    other = {"class labels": own["captions"] - own["class labels"], "captions": own["class labels"] - own["captions"]}
+    name = said.get("pretrained_teacher_model")
+    kind = kind_of_teacher(name, said.get("teacher_revision")) if name else None
+    if kind is None:
+        kind = "captions" if said.keys() & other["class labels"] else "class labels"
+    alien = sorted(said.keys() & other[kind])
+    require(not alien, f"--{''.join(alien[:1])} has no effect: --pretrained_teacher_model {name} takes {kind}.")
+    return ARGUMENTS[kind]
+
+
+def parse(argv: list[str] | None = None) -> LCMArguments:
+    """The arguments of a command line; see [`noisycond.arguments.parse_arguments`]."""
+    cls = arguments_class(argv)
+    default = "digits_text_lcm" if cls is TextLCMArguments else "digits_lcm"
+    args = parse_arguments(cls, argv, default_recipe=default)
+    teacher, script = MINIATURES.get(args.recipe, (None, None))
+    require(
+        teacher is None or "pretrained_teacher_model" in args.given or Path(teacher).is_dir(),
+        f"--pretrained_teacher_model {teacher}: the miniature's teacher is not there; train it with accelerate launch "
+        f"{script}, or name another.",
     )
-    if args.use_lora:
-        add_lora(student, args.rank, args.lora_alpha, args.lora_target_modules)
-    if args.gradient_checkpointing:
-        student.backbone.model.enable_gradient_checkpointing()
-    return student
+    return args
 
 
 def rehearse(args: LCMArguments) -> None:
     """Prints what the run would take, without the teacher's weights, data or GPU; see [`noisycond.dry_run`]."""
-    source = teachers.find_teacher(args.pretrained_teacher_model, args.teacher_revision)
-    teachers.lcm_scheduler(source, args.num_ddim_timesteps, args.timestep_scaling_factor)
-    data = dry_run.open_what_is_here(args)
-    args.pretrained_vae_model_name_or_path = args.pretrained_vae_model_name_or_path or args.pretrained_teacher_model
-    first_stage, channels, factor, why = dry_run.latents_of(args, source.latents_of(args.resolution))
-    class_names = dry_run.class_names_of(args, data)
-    teachers.check_data(source, class_names)
+    teaching = TEACHINGS[type(args)].peek(args)
     with torch.device("meta"):
-        teacher = teachers.empty_teacher(source, len(class_names))
-        student = make_student(args, teacher, args.resolution // factor)
-    size = args.resolution // factor
-    weights = sum(parameter.numel() for parameter in teacher.parameters())
+        student = teaching.student()
+    weights = sum(parameter.numel() for parameter in teaching.teacher.parameters())
+    latents, size = teaching.latents, teaching.latent_size
     facts = {
         "teacher": f"{weights:,} parameters, frozen, {4 * weights / 1e9:.3f} GB beside the memory below",
-        "latents": f"{channels} × {size} × {size} ({why})",
+        **teaching.sizes(),
+        "latents": f"{latents.channels} × {size} × {size} ({latents.why})",
     }
-    dry_run.report(args, student, data, facts, first_stage)
+    dry_run.report(args, student, teaching.data, facts, teaching.first_stage)
 
 
-def make_distillation(args: LCMArguments, source: teachers.TeacherSource, scheduler) -> ConsistencyDistillation:
+def make_distillation(args: LCMArguments, teaching: Teaching) -> ConsistencyDistillation:
     """What the flags ask for, with the noise levels that the student's scheduler samples at."""
     return ConsistencyDistillation(
-        scheduler.alphas_cumprod,
-        source.prediction_type,
+        teaching.scheduler.alphas_cumprod,
+        teaching.prediction_type,
         args.num_ddim_timesteps,
         args.w_min,
         args.w_max,
@@ -208,22 +233,20 @@ def make_distillation(args: LCMArguments, source: teachers.TeacherSource, schedu
     )
 
 
-def make_compute_loss(
-    distillation: ConsistencyDistillation, first_stage, teacher, student, average, conditions, autocast
-):
+def make_compute_loss(args: LCMArguments, teaching: Teaching, student, average: AveragedWeights, autocast):
     """The loss per example: encode, add noise at a step of the solver's grid, let the teacher take that step, and
     compare the student's output before it with the averaged student's after it.
 
     Args:
         average: the target network's weights; while there are none, those of the student.
-        conditions: `(batch, keys) → (student's, teacher's, null)`, conditions of [`ConditionalDenoiser`].
         autocast: a context of the run's precision.
     """
+    distillation, teacher = make_distillation(args, teaching), teaching.teacher
     dim = student.backbone.model.config.time_cond_proj_dim
 
     def compute_loss(denoiser, batch: dict, keys: torch.Tensor) -> torch.Tensor:
-        latents = first_stage.latents_of(batch, keys)
-        condition, told, null = conditions(batch, keys)
+        latents = teaching.first_stage.latents_of(batch, keys)
+        condition, told, null = teaching.conditions(batch, keys)
         step = distillation.draw(latents, keys)
         if dim is not None:
             condition = condition | {"guidance": guidance_embedding(step.w, dim)}
@@ -240,50 +263,40 @@ def make_compute_loss(
     return compute_loss
 
 
-def make_label_conditions(args: LCMArguments, corruption, null_class: int):
-    """The conditions of a batch, see [`make_compute_loss`]."""
-
-    def conditions(batch: dict, keys: torch.Tensor) -> tuple[dict, dict, dict]:
-        corrupted, true = label_conditions(args, corruption, null_class, batch, keys)
-        null = true | {"class_labels": torch.full_like(true["class_labels"], null_class)}
-        return corrupted, corrupted if args.teacher_condition == "corrupted" else true, null
-
-    return conditions
-
-
-def loading(pipeline, args: LCMArguments, location: str | Path, teacher: str) -> str:
+def loading(pipeline, args: LCMArguments, teaching: Teaching, location: str | Path, teacher: str) -> str:
     """How to load what a run leaves at a folder or Hub id, and to draw an image in few steps."""
+    condition = None if teaching.prompts is None else f'prompt="{teaching.prompts[0]}"'
     if not args.use_lora:
-        return loading_code(pipeline, location, distilled_call(args))
+        return loading_code(pipeline, location, distilled_call(args), condition)
     scheduler = f'LCMScheduler.from_pretrained("{location}", subfolder="scheduler")'
     load = f"from diffusers import LCMScheduler\n\npipeline.scheduler = {scheduler}\n{how_to_load(pipeline, location)}"
-    return lora_loading_code(pipeline, teacher, load, None, distilled_call(args))
+    return lora_loading_code(pipeline, teacher, load, condition, distilled_call(args))
 
 
-def export(pipeline, student, args: LCMArguments, run: RunFolder, class_names, result, repo_id, evaluation) -> None:
+def export(args: LCMArguments, teaching: Teaching, student, run: RunFolder, result, repo_id, evaluation) -> None:
     """Writes what a run leaves behind: of LoRA the adapters and the scheduler, else the whole pipeline."""
-    public = loading(pipeline, args, repo_id or UNKNOWN_PLACE, public_name(args.pretrained_teacher_model))
-    card = distillation_card(pipeline, args, class_names, result, public)
+    pipeline = teaching.pipeline(student)
+    teaching.draw(pipeline, run.samples / "final.png")
+    public = loading(pipeline, args, teaching, repo_id or UNKNOWN_PLACE, public_name(args.pretrained_teacher_model))
+    card = distillation_card(pipeline, args, teaching.class_names, teaching.prompts, result, public)
 
-    def write_lora() -> None:
+    def write() -> None:
+        if not args.use_lora:
+            return export_pipeline(
+                pipeline, run.path, teaching.class_names if teaching.prompts is None else None, card
+            )
         save_lora(pipeline, student, run.path)
         pipeline.scheduler.save_pretrained(run.path / "scheduler")
         card.save(run.path / "README.md")
 
-    code = loading(pipeline, args, run.path, args.pretrained_teacher_model)
-    write = write_lora if args.use_lora else None
-    class_conditional.export(pipeline, args, run, class_names, result, card, repo_id, evaluation, code, write)
+    code = loading(pipeline, args, teaching, run.path, args.pretrained_teacher_model)
+    leave_results(pipeline, args, run, result, write=write, how_to_load=code, evaluation=evaluation, repo_id=repo_id)
 
 
 @one_sentence_errors
 def main(argv: list[str] | None = None) -> None:
-    args = parse_arguments(LCMArguments, argv, default_recipe="digits_lcm")
+    args = parse(argv)
     require_whole_average(Layout.of_this_launch().kind in ("fsdp", "zero"))
-    require(
-        args.recipe != "digits_lcm" or "pretrained_teacher_model" in args.given or Path("runs/digits-ldm").is_dir(),
-        "--pretrained_teacher_model runs/digits-ldm: the miniature's teacher is not there; train it with accelerate "
-        "launch train_class_cond.py --recipe digits_ldm, or name another.",
-    )
     if args.dry_run:
         return rehearse(args)
     run = RunFolder(args.output_dir)
@@ -291,91 +304,52 @@ def main(argv: list[str] | None = None) -> None:
     on_main(accelerator, lambda: run.check(args))
     repo_id = on_main(accelerator, lambda: hub.check(args))
 
-    source = teachers.find_teacher(args.pretrained_teacher_model, args.teacher_revision)
-    scheduler = teachers.lcm_scheduler(source, args.num_ddim_timesteps, args.timestep_scaling_factor)
-    data = open_training_data(args)
-    class_names = data.source.class_names
-    corruption, groups = open_corruption(args, data)
-    teacher, autoencoder = teachers.open_teacher(source, class_names)
-    first_stage = open_first_stage_of(args, autoencoder)
-    teachers.check_latents(source, first_stage, args.resolution)
-    student = make_student(args, teacher, args.resolution // first_stage.factor)
+    teaching = TEACHINGS[type(args)].open(args, accelerator)
+    data, student = teaching.data, teaching.student()
     if args.enable_xformers_memory_efficient_attention:
         hardware.enable_xformers(student.backbone.model)
 
     evaluation = None
     if args.eval_steps:
-        evaluation = TrainingEvaluation(args, class_names)
+        evaluation = teaching.evaluation()
         on_main(accelerator, lambda: evaluation.prepare(accelerator.device))
 
     facts = data.facts | {
-        "first_stage": first_stage.fingerprint,
+        "first_stage": teaching.first_stage.fingerprint,
         "mixed_precision": hardware.precision_of(args),
-        "class_groups": groups,
-        "teacher": state_hash(teacher),
-        "noise_schedule": {name: value for name, value in scheduler.config.items() if name[0] != "_"},
+        "noise_schedule": {name: value for name, value in teaching.scheduler.config.items() if name[0] != "_"},
+        **teaching.facts,
     }
-    first_stage.to(accelerator.device)
-    teacher.to(accelerator.device)
-    batches = open_batches(args, data, accelerator, first_stage)
+    batches = teaching.batches(accelerator)
     facts |= trainer.facts(args, batches)
     on_main(accelerator, lambda: checkpoints.check_space(args, student))
     resume_from = claim(run, args, facts, Path(__file__).name, accelerator)  # from here on the folder is this run's
-    if args.save_corruption_map:
-        on_main(accelerator, lambda: save_corruption_map(corruption, data.source, run.path / "corruption_map.csv"))
+    on_main(accelerator, lambda: teaching.keep(run))
     trainer.announce(args, accelerator, data.images, student, batches)
 
     average = AveragedWeights()
-    conditions = make_label_conditions(args, corruption, teacher.encoder.null_class)
-    compute_loss = make_compute_loss(
-        make_distillation(args, source, scheduler),
-        first_stage,
-        teacher,
-        student,
-        average,
-        conditions,
-        accelerator.autocast,
-    )
-
-    def pipeline():
-        return class_pipeline(student, first_stage, scheduler)
-
-    def finish():
-        export(pipeline(), student, args, run, class_names, result, repo_id, evaluation)
-
     result = trainer.fit(
         student,
         batches,
-        compute_loss,
+        make_compute_loss(args, teaching, student, average, accelerator.autocast),
         args,
         accelerator=accelerator,
         run=run,
         bad_images=data.bad_images,
         resume_from=resume_from,
-        tallies={"corruption": corruption},
+        tallies={"corruption": teaching.tally},
         looks=[
             (
-                lambda step: draw_samples(pipeline(), args, len(class_names), run.samples / f"step-{step:07d}.png"),
+                lambda step: teaching.draw(teaching.pipeline(student), run.samples / f"step-{step:07d}.png"),
                 args.validation_steps,
             ),
-            (evaluation and (lambda step: evaluation(pipeline())), args.eval_steps),
+            (evaluation and (lambda step: evaluation(teaching.pipeline(student))), args.eval_steps),
         ],
         average=average,
     )
     if result.stopped_by is None:
-        on_main(accelerator, finish)
+        on_main(accelerator, lambda: export(args, teaching, student, run, result, repo_id, evaluation))
     trainer.finish(accelerator, result, run)
-
-
-def open_first_stage_of(args: LCMArguments, autoencoder) -> FirstStage:
-    """The first stage that the flags name, or else the teacher's own."""
-    if args.pretrained_vae_model_name_or_path is not None:
-        return open_first_stage(args.pretrained_vae_model_name_or_path, args.seed)
-    require(
-        autoencoder is not None,
-        f"--pretrained_vae_model_name_or_path is needed: {args.pretrained_teacher_model} has no first stage.",
-    )
-    return FirstStage(autoencoder, args.seed)
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ try:
     from noisycond.data.opening import open_batches, open_training_data
     from noisycond.data.rewriting import rewrite_captions, rewritings_file
     from noisycond.data.streams import require_ids
+    from noisycond.data.text_cache import reading
     from noisycond.denoisers.text_options import TextModelArguments
     from noisycond.errors import one_sentence_errors, require
     from noisycond.evaluation.in_training import TextEvaluationArguments, TrainingEvaluation, evaluation_prompts
@@ -75,11 +76,6 @@ class TextToImageArguments(
 
     def __post_init__(self):
         super().__post_init__()
-        require(
-            not (self.cep_gamma > 0 and self.conditioning_dropout_prob == 1.0),
-            "--cep_gamma perturbs the text embeddings, but with --conditioning_dropout_prob 1 the model is "
-            "unconditional; lower one of them.",
-        )
         require(
             not self.cache_latents or self.center_crop or self.dataset_name == "digits",
             "--cache_latents needs --center_crop: a random crop is another image every epoch.",
@@ -146,9 +142,10 @@ def main(argv: list[str] | None = None) -> None:
         "denoiser": {name: value for name, value in denoiser.backbone.model.config.items() if name[0] != "_"},
         "noise_schedule": noise_schedule,
         "frozen": frozen_fingerprint(denoiser),
+        "captions_are_read": reading(model.text),
     }
     first_stage.to(accelerator.device)
-    texts = cache_texts(args, data, denoiser, accelerator) if args.cache_text_embeddings else model.text
+    texts = cache_texts(args, data, denoiser.encoder, accelerator) if args.cache_text_embeddings else model.text
     batches = open_batches(args, data, accelerator, first_stage, texts.encode)
     facts |= trainer.facts(args, batches)
     on_main(accelerator, lambda: checkpoints.check_space(args, denoiser))

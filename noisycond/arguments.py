@@ -8,6 +8,7 @@ import math
 import re
 import sys
 from argparse import ArgumentTypeError
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -269,6 +270,12 @@ class PerturbationArguments(Arguments):
         for name in ("label_smoothing", "conditioning_dropout_prob"):
             value = getattr(self, name)
             require(0.0 <= value <= 1.0, f"--{name} is {value}, but it must lie between 0 and 1.")
+        for name in ("cep_gamma", "corruption_ratio"):
+            require(
+                getattr(self, name, 0) == 0 or self.conditioning_dropout_prob < 1.0,
+                f"--{name} acts on the condition, but with --conditioning_dropout_prob 1 the model is unconditional; "
+                "lower one of them.",
+            )
 
 
 @dataclass
@@ -417,11 +424,11 @@ class ValidationArguments(Arguments):
 
     def __post_init__(self):
         super().__post_init__()
-        levels = getattr(self, "num_train_timesteps", math.inf)
+        levels = getattr(self, "num_train_timesteps", None)
         require(
-            0 < self.validation_inference_steps <= levels,
-            f"--validation_inference_steps is {self.validation_inference_steps}, but must be positive and at most "
-            f"--num_train_timesteps, {levels}.",
+            0 < self.validation_inference_steps <= (levels or math.inf),
+            f"--validation_inference_steps is {self.validation_inference_steps}, but must be positive"
+            + (f" and at most --num_train_timesteps, {levels}." if levels else "."),
         )
         require(
             1 <= self.validation_guidance_scale < math.inf,
@@ -468,6 +475,31 @@ class SamplingArguments(Arguments):
             require(
                 self.prompts is not None or getattr(self, name) is None, f"--{name} has no effect without --prompts."
             )
+
+
+DEFAULT_RANK = 4
+
+
+@dataclass
+class LoRAArguments(Arguments):
+    use_lora: bool = flag(False, "Train low-rank adapters of the denoiser (LoRA) instead of its weights; needs peft.")
+    rank: int = flag(DEFAULT_RANK, "Rank of the LoRA matrices.")
+    lora_alpha: float | None = flag(None, "α of LoRA, whose updates are scaled by α/rank; the default is the rank.")
+    lora_target_modules: list[str] = flag(
+        [], "Modules that get LoRA, by the ends of their names; the default is to_k, to_q, to_v and to_out.0."
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not self.use_lora:
+            for name, default in (("rank", DEFAULT_RANK), ("lora_alpha", None), ("lora_target_modules", [])):
+                require(getattr(self, name) == default, f"--{name} has no effect without --use_lora; add it.")
+            return
+        require(self.rank > 0, f"--rank is {self.rank}, but it must be positive.")
+        require(
+            self.lora_alpha is None or 0 < self.lora_alpha < math.inf,
+            f"--lora_alpha is {self.lora_alpha}, but it must be a positive number.",
+        )
 
 
 @dataclass
@@ -546,6 +578,26 @@ def parse_arguments(cls: type[ArgumentsT], argv: list[str] | None = None, defaul
         raise InputError(f"unknown flag {name}{flag_hint(name, known)}.")
     arguments.inferred, arguments.given = inferred, frozenset(_given(argv))
     return arguments
+
+
+def peek(argv: list[str] | None, classes: Sequence[type[Arguments]], default_recipe: str) -> dict[str, object]:
+    """What a command line and its recipe say, not checked: of a script whose flags depend on one of them. Of the
+    command line only the last word of a flag counts; a switch is None.
+
+    Args:
+        argv: as for [`parse_arguments`]. classes: one of which will be parsed. default_recipe: as there.
+
+    Raises:
+        InputError: there is no such recipe, it cannot be read, or it has a key that none of the classes has.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    recipe = _value_of(argv, "recipe")
+    if recipe is None and all(_is_embedded_default(argv, cls) for cls in classes):
+        recipe = default_recipe
+    known = {item.name: None for cls in classes for item in dataclasses.fields(cls) if item.name != "recipe"}
+    values = {} if recipe in (None, "none") else read_recipe(recipe, known).values
+    said = {name: value for name, value in values.items() if value is not None}
+    return said | {name: _value_of(argv, name) for name in sorted(_given(argv))}
 
 
 def split_words(cls: type[Arguments], argv: list[str]) -> tuple[list[str], list[str]]:

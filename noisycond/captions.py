@@ -30,11 +30,18 @@ class Caption(NamedTuple):
     Attributes:
         text: the caption. is_corrupted: whether it is another than the example's own. is_still_true: whether it is,
             and yet describes the image: the caption of an image of the same class, or of the same text.
+        own: of a corrupted caption, what the example's own was in this epoch; None: `text` is its own.
     """
 
     text: str
     is_corrupted: bool = False
     is_still_true: bool = False
+    own: str | None = None
+
+    @property
+    def true_text(self) -> str:
+        """The example's own caption."""
+        return self.text if self.own is None else self.own
 
 
 def swap_partners(size: int, ratio: float, seed: int, epoch: int = 0) -> torch.LongTensor:

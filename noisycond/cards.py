@@ -156,9 +156,11 @@ def _settings(args, result, baselines: Sequence[str]) -> dict[str, object]:
     }
 
 
-def distillation_card(pipeline, args, class_names: Sequence[str], result, code: str) -> ModelCard:
-    """The card of a class-conditional latent consistency model, or of LoRA weights that make its teacher one;
-    arguments as for [`class_conditional_card`], and `code`, how to load it."""
+def distillation_card(
+    pipeline, args, class_names: Sequence[str] | None, prompts: Sequence[str] | None, result, code: str
+) -> ModelCard:
+    """The card of a latent consistency model, or of LoRA weights that make its teacher one; arguments as for
+    [`class_conditional_card`] or [`text_to_image_card`], of which one has names and the other prompts."""
     dataset, teacher = _dataset(args), public_name(args.pretrained_teacher_model)
     baselines = ("input_perturbation", "embedding_dropout", "label_smoothing", "conditioning_dropout_prob")
     settings = {
@@ -176,14 +178,20 @@ def distillation_card(pipeline, args, class_names: Sequence[str], result, code: 
         **{name.replace("_", " "): getattr(args, name) for name in baselines if getattr(args, name)},
         "seed": args.seed,
     }
-    return model_card(
-        f"{teacher}, distilled on {dataset}",
-        settings,
-        class_names,
+    title, tags = f"{teacher}, distilled on {dataset}", ["latent-consistency-model", *_features(args)]
+    tags += ["lora"] * args.use_lora
+    if prompts is None:
+        return model_card(title, settings, class_names, "samples/final.png", pipeline=pipeline, tags=tags, code=code)
+    kind = (
+        "LoRA weights that make a text-to-image model one of few steps" if args.use_lora else "A text-to-image model"
+    )
+    return _generator_card(
+        _front_matter(["text-to-image", *tags, f"diffusers:{type(pipeline).__name__}"], "text-to-image", teacher),
+        f"# {title}\n\n{kind} (latent consistency),",
         "samples/final.png",
-        pipeline=pipeline,
-        tags=["latent-consistency-model", *(["lora"] if args.use_lora else []), *_features(args)],
-        code=code,
+        code,
+        "The samples, row by row: " + "; ".join(prompts),
+        settings,
     )
 
 

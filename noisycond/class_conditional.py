@@ -1,25 +1,30 @@
 """What the scripts that train on class labels share: flags of the sample grids, the condition of a batch, the
-corruption, and what a run leaves behind.
+corruption, what a run leaves behind, and what a class-conditional teacher teaches.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
 from diffusers import DiffusionPipeline
 from huggingface_hub import ModelCard
 
-from noisycond import randomness, sampling
+from noisycond import dry_run, randomness, sampling, teachers
 from noisycond.arguments import ValidationArguments, flag
 from noisycond.cards import loading_code
 from noisycond.corruption import LabelCorruption
+from noisycond.data.batches import Batches
 from noisycond.data.class_groups import read_class_groups
-from noisycond.data.opening import TrainingData
+from noisycond.data.corruption_map import save_corruption_map
+from noisycond.data.opening import TrainingData, open_batches, open_training_data
 from noisycond.data.streams import require_ids
+from noisycond.denoisers import ConditionalDenoiser
 from noisycond.errors import require
 from noisycond.evaluation.in_training import TrainingEvaluation
-from noisycond.export import export_pipeline
+from noisycond.export import class_pipeline, export_pipeline
+from noisycond.first_stage import FirstStage, open_first_stage, state_hash
+from noisycond.pipelines import LDMClassToImagePipeline
 from noisycond.randomness import Purpose
 from noisycond.results import draw_grid, leave_results
 from noisycond.run_folder import RunFolder
@@ -95,23 +100,110 @@ def export(
     card: ModelCard,
     repo_id: str | None,
     evaluation: TrainingEvaluation | None,
-    code: str | None = None,
-    write: Callable[[], None] | None = None,
 ) -> None:
-    """Writes the last sample grid and what else a run leaves behind; see [`noisycond.results.leave_results`].
-
-    Args:
-        code: how to load it; by default as [`noisycond.cards.loading_code`] says.
-        write: writes what was trained; by default the pipeline with the card.
-    """
+    """Writes the last sample grid and what else a run leaves behind; see [`noisycond.results.leave_results`]."""
     draw_samples(pipeline, args, len(class_names), run.samples / "final.png")
     leave_results(
         pipeline,
         args,
         run,
         result,
-        write=write or (lambda: export_pipeline(pipeline, run.path, class_names, card)),
-        how_to_load=code or loading_code(pipeline, run.path),
+        write=lambda: export_pipeline(pipeline, run.path, class_names, card),
+        how_to_load=loading_code(pipeline, run.path),
         evaluation=evaluation,
         repo_id=repo_id,
     )
+
+
+class ClassTeaching(teachers.Teaching):
+    """What a class-conditional teacher teaches; `args` with [`SampleGridArguments`] and `CorruptionArguments`.
+
+    Attributes:
+        groups: the class groups that corruption keeps to; None where there are none.
+    """
+
+    @classmethod
+    def open(cls, args, accelerator: Accelerator) -> "ClassTeaching":
+        """With the data, the teacher's weights and the first stage.
+
+        Raises:
+            InputError: one of them cannot be opened, or they do not fit together.
+        """
+        self, source = cls(), teachers.find_teacher(args.pretrained_teacher_model, args.teacher_revision)
+        self._take(args, source)
+        self.data = open_training_data(args)
+        self.class_names = self.data.source.class_names
+        self.tally, self.groups = open_corruption(args, self.data)
+        self.teacher, autoencoder = teachers.open_teacher(source, self.class_names)
+        self.first_stage = cls._first_stage(args, autoencoder)
+        teachers.check_latents(source.name, source.unet, self.first_stage, args.resolution)
+        self.latents = teachers.Latents(self.first_stage.latent_channels, self.first_stage.factor, "first stage")
+        return self
+
+    @classmethod
+    def peek(cls, args) -> "ClassTeaching":
+        """Without weights, data that is not here, or a first stage that is not here; see [`noisycond.dry_run`]."""
+        self, source = cls(), teachers.find_teacher(args.pretrained_teacher_model, args.teacher_revision)
+        self._take(args, source)
+        self.data = dry_run.open_what_is_here(args)
+        own = args.pretrained_vae_model_name_or_path or args.pretrained_teacher_model
+        first_stage, *latents = dry_run.latents_of(args, source.latents_of(args.resolution), own)
+        self.first_stage, self.latents = first_stage, teachers.Latents(*latents)
+        self.class_names = dry_run.class_names_of(args, self.data)
+        teachers.check_data(source, self.class_names)
+        with torch.device("meta"):
+            self.teacher = teachers.empty_teacher(source, len(self.class_names)).requires_grad_(False)
+        return self
+
+    def _take(self, args, source: teachers.TeacherSource) -> None:
+        self.args, self.prediction_type = args, source.prediction_type
+        self.scheduler = teachers.lcm_scheduler(
+            source.scheduler, args.num_ddim_timesteps, args.timestep_scaling_factor
+        )
+
+    @staticmethod
+    def _first_stage(args, autoencoder) -> FirstStage:
+        """The first stage that the flags name, or else the teacher's own."""
+        if args.pretrained_vae_model_name_or_path is not None:
+            return open_first_stage(args.pretrained_vae_model_name_or_path, args.seed)
+        require(
+            autoencoder is not None,
+            f"--pretrained_vae_model_name_or_path is needed: {args.pretrained_teacher_model} has no first stage.",
+        )
+        return FirstStage(autoencoder, args.seed)
+
+    @property
+    def facts(self) -> dict:
+        return {"class_groups": self.groups, "teacher": state_hash(self.teacher)}
+
+    def sizes(self) -> dict[str, str]:
+        return {}
+
+    def copied(self, time_cond_proj_dim: int | None, **options) -> ConditionalDenoiser:
+        args = self.args
+        baselines = {name: getattr(args, name) for name in ("embedding_dropout", "label_smoothing", "seed")}
+        return teachers.make_student(self.teacher, self.latent_size, time_cond_proj_dim, **baselines, **options)
+
+    def evaluation(self) -> TrainingEvaluation:
+        return TrainingEvaluation(self.args, self.class_names)
+
+    def batches(self, accelerator: Accelerator) -> Batches:
+        self.first_stage.to(accelerator.device)
+        self.teacher.to(accelerator.device)
+        return open_batches(self.args, self.data, accelerator, self.first_stage)
+
+    def keep(self, run: RunFolder) -> None:
+        if self.args.save_corruption_map:
+            save_corruption_map(self.tally, self.data.source, run.path / "corruption_map.csv")
+
+    def conditions(self, batch: dict, keys: torch.Tensor) -> tuple[dict, dict, dict]:
+        null_class = self.teacher.encoder.null_class
+        corrupted, true = label_conditions(self.args, self.tally, null_class, batch, keys)
+        null = true | {"class_labels": torch.full_like(true["class_labels"], null_class)}
+        return corrupted, corrupted if self.args.teacher_condition == "corrupted" else true, null
+
+    def pipeline(self, student: ConditionalDenoiser) -> LDMClassToImagePipeline:
+        return class_pipeline(student, self.first_stage, self.scheduler)
+
+    def draw(self, pipeline: DiffusionPipeline, path: Path) -> None:
+        draw_samples(pipeline, self.args, len(self.class_names), path)

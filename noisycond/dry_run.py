@@ -97,10 +97,15 @@ def class_names_of(args: DataArguments, data: TrainingData | None) -> list[str]:
     return [str(number) for number in range(count)]
 
 
-def latents_of(args, preset: Preset) -> tuple[FirstStage | None, int, int, str]:
+def latents_of(args, preset: Preset, name: str | None = None) -> tuple[FirstStage | None, int, int, str]:
     """The first stage without its weights where its configuration lies on this machine, channels and factor of its
-    latents, and where these come from."""
-    name = args.pretrained_vae_model_name_or_path
+    latents, and where these come from.
+
+    Args:
+        preset: what they are of a first stage that is not on this machine. name: of the first stage; by default what
+            the flags name.
+    """
+    name = name or args.pretrained_vae_model_name_or_path
     require(name is not None, "--pretrained_vae_model_name_or_path is needed.")
     try:
         first_stage = peek_first_stage(name)

@@ -108,7 +108,7 @@ def published(folder: Path) -> list[str]:
         components = [name for name, value in index.items() if isinstance(value, list) and not name.startswith("_")]
         weights += [f"{name}/*" for name in components]
     else:
-        weights = ["config.json", "diffusion_pytorch_model*", *ADAPTERS]
+        weights = ["config.json", "diffusion_pytorch_model*", *ADAPTERS, "scheduler/*"]
     return [pattern for pattern in (*weights, *BESIDE_WEIGHTS) if any(folder.glob(pattern))]
 
 

@@ -90,6 +90,15 @@ MAY_CHANGE = {
     "num_train_epochs",  # the number of steps is compared instead, where the learning rate depends on it
     "max_train_steps",
 }
+# Flags that name what a run starts from.
+STARTED_FROM = (
+    "denoiser",
+    "pretrained_model_name_or_path",
+    "pretrained_teacher_model",
+    "pretrained_vae_model_name_or_path",
+    "text_encoder",
+    "rewritten_captions",
+)
 # What runs and their exports write, beside checkpoints and the trackers' folder.
 OWNED = (
     "run.json",
@@ -152,7 +161,7 @@ class RunFolder:
 
         Raises:
             InputError: it is a file, or it holds another run and neither --resume_from_checkpoint nor
-                --overwrite_output_dir was given.
+                --overwrite_output_dir was given, or the latter would remove what this run starts from.
         """
         if self.path.exists() and not self.path.is_dir():
             raise InputError(f"--output_dir {self.path} is a file, not a folder.")
@@ -165,11 +174,22 @@ class RunFolder:
             f"--output_dir {self.path} holds {', '.join(foreign)}, which no run of noisycond wrote here; name another "
             "folder, so that nothing of it is replaced.",
         )
+        if args.overwrite_output_dir:
+            self._refuse_to_remove_what_is_read(args)
         if self.holds_a_run() and not (args.resume_from_checkpoint or args.overwrite_output_dir):
             raise InputError(
                 f"--output_dir {self.path} holds another run: continue it with --resume_from_checkpoint latest, "
                 "replace it with --overwrite_output_dir, or name another folder."
             )
+
+    def _refuse_to_remove_what_is_read(self, args) -> None:
+        for name in STARTED_FROM:
+            value = getattr(args, name, None)
+            path = None if value is None else Path(value).expanduser().resolve()
+            if path is not None and path.exists() and path.is_relative_to(self.path.resolve()):
+                raise InputError(
+                    f"--overwrite_output_dir would remove what --{name} {value} names; write into another --output_dir."
+                )
 
     def open(self, args, facts: dict, script: str, resume_from: Path | None = None) -> None:
         """Claims the folder for this run: removes an earlier one where that was asked, or compares settings with it.

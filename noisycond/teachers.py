@@ -1,24 +1,142 @@
-"""The teacher of a distillation, a class-conditional pipeline with a U-Net, and the student that starts from it.
+"""Teachers of a distillation, pipelines with a U-Net, and the student that starts from one.
 
-Letters: K classes, D the embedding dimension, S the latent size.
+Letters: B examples, K classes, D the embedding dimension, S the latent size.
 """
 
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+from accelerate import Accelerator
 from diffusers import DiffusionPipeline, LCMScheduler, UNet2DConditionModel
 from torch import nn
 
+from noisycond.data.batches import Batches
+from noisycond.data.opening import TrainingData
 from noisycond.denoisers import ClassEncoder, ConditionalDenoiser
 from noisycond.denoisers.presets import Preset
 from noisycond.denoisers.unet import UNetBackbone
 from noisycond.errors import InputError, in_one_line, require
+from noisycond.evaluation.in_training import TrainingEvaluation
 from noisycond.first_stage import FirstStage
+from noisycond.lora import add_lora
 from noisycond.objective import PREDICTION_TYPES
+from noisycond.perturbation import ConditionEmbeddingPerturbation
 from noisycond.pipelines import LDMClassToImagePipeline
+from noisycond.run_folder import RunFolder
+from noisycond.training_state import Tally
 
 
 FLAG = "--pretrained_teacher_model"
+# What the teachers that can be distilled take as a condition, by the class that their index names.
+KINDS = {
+    "LDMClassToImagePipeline": "class labels",
+    "StableDiffusionPipeline": "captions",
+    "LDMTextToImagePipeline": "captions",
+}
+
+
+@dataclass
+class Latents:
+    """Channels and factor of the latents, and where they come from, in words."""
+
+    channels: int
+    factor: int
+    why: str
+
+
+class Teaching(ABC):
+    """What of a distillation depends on what its teacher takes as a condition: data, conditions, samples, export.
+
+    Attributes:
+        args: those of the script.
+        data: the training data; None where it is not on this machine (dry run).
+        teacher: frozen and in eval mode; on the meta device in a dry run.
+        first_stage: the autoencoder; None of one that is not on this machine (dry run). latents: of it.
+        scheduler: what a student samples with, with the teacher's noise schedule.
+        prediction_type: what teacher and student predict.
+        tally: counts what happened to the conditions.
+        class_names: K names, of a class-conditional teacher. prompts: of the sample grids, else.
+    """
+
+    args: object
+    data: TrainingData | None
+    teacher: ConditionalDenoiser
+    first_stage: FirstStage | None
+    latents: Latents
+    scheduler: LCMScheduler
+    prediction_type: str
+    tally: Tally
+    class_names: list[str] | None = None
+    prompts: Sequence[str] | None = None
+
+    def student(self) -> ConditionalDenoiser:
+        """The teacher's copy that is trained, with an embedding of the guidance or with LoRA, and CEP.
+
+        Raises:
+            InputError: there is nothing that LoRA could adapt.
+        """
+        args = self.args
+        student = self.copied(
+            None if args.use_lora else args.unet_time_cond_proj_dim,
+            perturbation=ConditionEmbeddingPerturbation(args.cep_gamma, args.cep_type, args.seed),
+            fixed=args.cep_mode == "fixed",
+            perturb_null=args.cep_perturb_null,
+        )
+        if args.use_lora:
+            add_lora(student, args.rank, args.lora_alpha, args.lora_target_modules)
+        if args.gradient_checkpointing:
+            student.backbone.model.enable_gradient_checkpointing()
+        return student
+
+    @property
+    def latent_size(self) -> int:
+        """S."""
+        return self.args.resolution // self.latents.factor
+
+    @property
+    @abstractmethod
+    def facts(self) -> dict:
+        """What a resumed run must share beside its flags, its data and the noise schedule, as JSON values."""
+
+    @abstractmethod
+    def sizes(self) -> dict[str, str]:
+        """Lines of a dry run, name to text."""
+
+    @abstractmethod
+    def copied(self, time_cond_proj_dim: int | None, **options) -> ConditionalDenoiser:
+        """A student as [`copied_unet`] says; the options are those of [`ConditionalDenoiser`]."""
+
+    @abstractmethod
+    def evaluation(self) -> TrainingEvaluation:
+        """Of the images that a student draws."""
+
+    @abstractmethod
+    def batches(self, accelerator: Accelerator) -> Batches:
+        """The training batches; all that is frozen goes to the accelerator's device."""
+
+    @abstractmethod
+    def keep(self, run: RunFolder) -> None:
+        """Writes into the run's folder what it keeps of its data."""
+
+    @abstractmethod
+    def conditions(self, batch: dict, keys: torch.Tensor) -> tuple[dict, dict, dict]:
+        """The student's, the teacher's and the null conditions of a batch of B examples, as [`ConditionalDenoiser`]
+        takes them; counts the batch.
+
+        Args:
+            keys [B]: int64, this step's keys.
+        """
+
+    @abstractmethod
+    def pipeline(self, student: ConditionalDenoiser) -> DiffusionPipeline:
+        """The pipeline with the weights that the student has now; of LoRA the teacher's with its adapters."""
+
+    @abstractmethod
+    def draw(self, pipeline: DiffusionPipeline, path: Path) -> None:
+        """Draws a sample grid and saves it as a PNG."""
 
 
 @dataclass
@@ -48,26 +166,51 @@ class TeacherSource:
         return self.scheduler.get("prediction_type", "epsilon")
 
 
+def _index(name: str, revision: str | None) -> dict:
+    at = {} if revision is None else {"revision": revision}
+    try:
+        return DiffusionPipeline.load_config(name, **at)
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"{FLAG} {name}: neither a folder nor a Hub id of a pipeline ({in_one_line(error)})."
+        ) from error
+
+
+def kind_of_teacher(name: str, revision: str | None = None) -> str | None:
+    """What a pipeline, a folder or Hub id, takes as a condition, by its index: `class labels` or `captions`; None
+    where there is no index.
+
+    Raises:
+        InputError: it cannot be a teacher here.
+    """
+    try:
+        declared = _index(name, revision).get("_class_name")
+    except InputError:
+        return None
+    kind = declared[-1] if isinstance(declared, (list, tuple)) else declared
+    require(
+        kind in KINDS,
+        f"{FLAG} {name}: a {kind} cannot be distilled here, only a U-Net of one condition: {', '.join(KINDS)}.",
+    )
+    return KINDS[kind]
+
+
+def require_prediction_type(name: str, prediction_type: str) -> None:
+    """Raises InputError for what a distillation cannot follow."""
+    require(
+        prediction_type in PREDICTION_TYPES,
+        f"{FLAG} {name}: it predicts {prediction_type!r}, but must predict one of {', '.join(PREDICTION_TYPES)}.",
+    )
+
+
 def find_teacher(name: str, revision: str | None = None) -> TeacherSource:
-    """The pipeline of that name, a folder or Hub id, by its configurations.
+    """The class-conditional pipeline of that name, a folder or Hub id, by its configurations.
 
     Raises:
         InputError: there is none, or it cannot be a teacher here.
     """
     at = {} if revision is None else {"revision": revision}
-    try:
-        index = DiffusionPipeline.load_config(name, **at)
-    except OSError as error:
-        raise InputError(
-            f"{FLAG} {name}: neither a folder nor a Hub id of a pipeline ({in_one_line(error)})."
-        ) from error
-    declared = index.get("_class_name")
-    kind = declared[-1] if isinstance(declared, (list, tuple)) else declared
-    require(
-        kind == LDMClassToImagePipeline.__name__,
-        f"{FLAG} {name}: a {kind} cannot be distilled here, only a {LDMClassToImagePipeline.__name__} (a "
-        "class-conditional U-Net).",
-    )
+    index = _index(name, revision)
     try:
         unet = UNet2DConditionModel.load_config(name, subfolder="unet", **at)
         scheduler = LCMScheduler.load_config(name, subfolder="scheduler", **at)
@@ -81,23 +224,22 @@ def find_teacher(name: str, revision: str | None = None) -> TeacherSource:
     names = index.get("id2label")
     names = [str(names[label]) for label in sorted(names, key=int)] if isinstance(names, dict) else None
     source = TeacherSource(name, revision, unet, scheduler, names)
-    require(
-        source.prediction_type in PREDICTION_TYPES,
-        f"{FLAG} {name}: it predicts {source.prediction_type!r}, but must predict one of "
-        f"{', '.join(PREDICTION_TYPES)}.",
-    )
+    require_prediction_type(name, source.prediction_type)
     return source
 
 
-def lcm_scheduler(source: TeacherSource, num_ddim_timesteps: int, timestep_scaling: float) -> LCMScheduler:
+def lcm_scheduler(theirs: Mapping, num_ddim_timesteps: int, timestep_scaling: float) -> LCMScheduler:
     """The student's scheduler: the teacher's noise schedule, timesteps on the solver's grid, no clipping of x_0, which
     would be wrong for latents.
+
+    Args:
+        theirs: the configuration of the teacher's scheduler.
 
     Raises:
         InputError: --num_ddim_timesteps does not divide the teacher's timesteps.
     """
     scheduler = LCMScheduler.from_config(
-        source.scheduler,
+        theirs,
         original_inference_steps=num_ddim_timesteps,
         timestep_scaling=timestep_scaling,
         clip_sample=False,
@@ -146,58 +288,68 @@ def open_teacher(source: TeacherSource, class_names: list[str]) -> tuple[Conditi
 
 def empty_teacher(source: TeacherSource, num_classes: int) -> ConditionalDenoiser:
     """The teacher with new weights."""
-    return _denoiser(source.unet, num_classes)
+    known = {name: value for name, value in source.unet.items() if not name.startswith("_")}
+    backbone = UNetBackbone(**known)
+    return ConditionalDenoiser(ClassEncoder(num_classes, backbone.dim), backbone)
 
 
-def check_latents(source: TeacherSource, first_stage: FirstStage, resolution: int) -> None:
-    """Raises InputError where the latents of this first stage at this resolution do not fit the teacher."""
+def check_latents(name: str, unet: Mapping, first_stage: FirstStage, resolution: int) -> None:
+    """Raises InputError where the latents of this first stage at this resolution do not fit the teacher's U-Net, of
+    this configuration."""
     channels, factor = first_stage.latent_channels, first_stage.factor
     require(
-        source.unet.get("in_channels") == channels,
-        f"{FLAG} {source.name}: its U-Net takes latents of {source.unet.get('in_channels')} channels, but those of "
-        f"the first stage have {channels}.",
+        unet.get("in_channels") == channels,
+        f"{FLAG} {name}: its U-Net takes latents of {unet.get('in_channels')} channels, but those of the first stage "
+        f"have {channels}.",
     )
     require(
         resolution % factor == 0,
         f"--resolution is {resolution}, but must be a multiple of the first stage's factor {factor}.",
     )
-    UNetBackbone.check(source.unet, resolution // factor, 0)
+    UNetBackbone.check(unet, resolution // factor, 0)
 
 
-def make_student(
-    teacher: ConditionalDenoiser, latent_size: int, time_cond_proj_dim: int | None, **options
-) -> ConditionalDenoiser:
-    """A copy of the teacher to train: its U-Net learns, the class embedding stays the teacher's.
+def copied_unet(
+    teacher: UNet2DConditionModel, latent_size: int, time_cond_proj_dim: int | None
+) -> UNet2DConditionModel:
+    """A copy of the teacher's U-Net to train, in train mode.
 
     Args:
         latent_size: S, what the student's pipeline draws by itself. time_cond_proj_dim: the dimension of the embedding
             of guidance. Its projection, which has no bias, starts at 0, so that the student starts as its teacher
-            without guidance. None: no such embedding.
-        options: of [`_denoiser`].
+            without guidance. None: no such embedding, for adapters to the teacher as it is.
     """
-    config = dict(teacher.backbone.model.config) | {"sample_size": latent_size}
-    student = _denoiser(config | {"time_cond_proj_dim": time_cond_proj_dim}, teacher.encoder.num_classes, **options)
-    model = student.backbone.model
-    state = teacher.backbone.model.state_dict()
+    config = {name: value for name, value in teacher.config.items() if not name.startswith("_")}
+    state = {name: value.detach().clone() for name, value in teacher.state_dict().items()}
     if time_cond_proj_dim is not None:
-        projection = "time_embedding.cond_proj.weight"
-        state |= {projection: torch.zeros_like(model.get_parameter(projection))}
-    model.load_state_dict(state)
-    student.encoder.load_state_dict(teacher.encoder.state_dict())
-    student.encoder.requires_grad_(False)
-    return student
+        config |= {"sample_size": latent_size, "time_cond_proj_dim": time_cond_proj_dim}
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(**config)
+    for name, value in unet.named_parameters():
+        if name not in state:
+            state[name] = torch.zeros(value.shape, device=teacher.device)
+    unet.load_state_dict(state, assign=True)
+    return unet.requires_grad_(True)
 
 
-def _denoiser(
-    config: dict,
-    num_classes: int,
+def make_student(
+    teacher: ConditionalDenoiser,
+    latent_size: int,
+    time_cond_proj_dim: int | None,
     embedding_dropout: float = 0.0,
     label_smoothing: float = 0.0,
     seed: int = 0,
     **options,
 ) -> ConditionalDenoiser:
-    """A denoiser of new weights; the options are those of [`ClassEncoder`] and of [`ConditionalDenoiser`]."""
-    known = {name: value for name, value in config.items() if not name.startswith("_")}
-    backbone = UNetBackbone(**known)
-    encoder = ClassEncoder(num_classes, backbone.dim, embedding_dropout, label_smoothing, seed)
-    return ConditionalDenoiser(encoder, backbone, **options)
+    """A copy of a class-conditional teacher to train: its U-Net learns, the class embedding stays the teacher's.
+
+    Args:
+        latent_size, time_cond_proj_dim: see [`copied_unet`].
+        embedding_dropout, label_smoothing, seed: of [`ClassEncoder`]. options: of [`ConditionalDenoiser`].
+    """
+    unet = copied_unet(teacher.backbone.model, latent_size, time_cond_proj_dim)
+    known, dim = teacher.encoder.num_classes, teacher.backbone.dim
+    encoder = ClassEncoder(known, dim, embedding_dropout, label_smoothing, seed)
+    encoder.load_state_dict(teacher.encoder.state_dict())
+    encoder.requires_grad_(False)
+    return ConditionalDenoiser(encoder, UNetBackbone.around(unet), **options)

@@ -1,34 +1,39 @@
 """What the scripts that train on captions share: flags of the sample grids, the model from scratch or of an existing
-pipeline, the condition of a batch, and what a run leaves behind.
+pipeline, the condition of a batch, what a run leaves behind, and what a text-to-image teacher teaches.
 """
 
 import copy
 import hashlib
-from collections.abc import Mapping
+import shutil
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from diffusers import DDIMScheduler, DiffusionPipeline
+from diffusers import DDIMScheduler, DiffusionPipeline, LatentConsistencyModelPipeline, StableDiffusionPipeline
 
-from noisycond import dry_run, randomness
+from noisycond import dry_run, randomness, teachers
 from noisycond.arguments import ValidationArguments, flag
 from noisycond.captions import MASK_WORD, CaptionTally
 from noisycond.cards import UNKNOWN_PLACE, loading_code, lora_loading_code, public_name, text_to_image_card
+from noisycond.data.batches import Batches
+from noisycond.data.corruption_map import save_caption_map
 from noisycond.data.digit_captions import digit_prompts
-from noisycond.data.opening import TrainingData
-from noisycond.data.streams import RawExample, StreamSource
+from noisycond.data.opening import TrainingData, open_batches, open_training_data
+from noisycond.data.rewriting import rewrite_captions, rewritings_file
+from noisycond.data.streams import RawExample, StreamSource, require_ids
 from noisycond.data.text_cache import CachedTexts, default_cache_dir, open_text_cache
 from noisycond.denoisers import ConditionalDenoiser, build_text_denoiser, find_text_denoiser
 from noisycond.denoisers.presets import DenoiserSource, Preset
 from noisycond.denoisers.text import TextEncoder, open_text_encoder, peek_text_encoder
 from noisycond.denoisers.text_pipelines import TextPipeline, open_text_pipeline, peek_text_pipeline
+from noisycond.denoisers.unet import UNetBackbone
 from noisycond.errors import require
-from noisycond.evaluation.in_training import TrainingEvaluation
+from noisycond.evaluation.in_training import TrainingEvaluation, evaluation_prompts
 from noisycond.export import export_pipeline, sampling_scheduler
-from noisycond.first_stage import FirstStage, open_first_stage
+from noisycond.first_stage import FirstStage, open_first_stage, peek_first_stage, state_hash
 from noisycond.lora import add_lora, how_to_load, save_lora
 from noisycond.noise_schedule import build_objective
 from noisycond.objective import DiffusionObjective
@@ -257,17 +262,27 @@ def text_conditions(
         int64 [B].
     """
     tally.count(batch)
+    return _conditions_of(args, null, batch, keys)
+
+
+def _conditions_of(args, null: Mapping[str, torch.Tensor], batch: dict, keys: torch.Tensor, prefix: str = "") -> dict:
+    """The same of what the batch has by names after this prefix; the same examples lose their condition."""
     dropped = randomness.bernoulli(args.seed, Purpose.CONDITION_DROPOUT, keys, args.conditioning_dropout_prob)
     condition = {"is_null": dropped, "index": batch["index"]}
     for name, empty in null.items():
-        own = batch[name]
+        own = batch[prefix + name]
         condition[name] = torch.where(dropped.view(-1, *[1] * (own.dim() - 1)), empty.to(own), own)
     return condition
 
 
-def cache_texts(args, data: TrainingData, denoiser: ConditionalDenoiser, accelerator: Accelerator) -> CachedTexts:
+def cache_texts(
+    args, data: TrainingData, text: TextEncoder, accelerator: Accelerator, with_true: bool = False
+) -> CachedTexts:
     """Encodes every caption that can come up, once, and puts the text encoder aside; see
     [`noisycond.data.text_cache.open_text_cache`].
+
+    Args:
+        with_true: see [`noisycond.data.captions.Captions.all_texts`].
 
     Raises:
         InputError: there is no end of captions, or no space for them.
@@ -278,8 +293,8 @@ def cache_texts(args, data: TrainingData, denoiser: ConditionalDenoiser, acceler
         "leave it off.",
     )
     folder = Path(args.text_cache_dir) if args.text_cache_dir else default_cache_dir()
-    cached = open_text_cache(data.captions.all_texts(), denoiser.encoder, folder, accelerator)
-    denoiser.encoder.park()
+    cached = open_text_cache(data.captions.all_texts(with_true), text, folder, accelerator)
+    text.park()
     return cached
 
 
@@ -331,3 +346,156 @@ def _code(pipeline: DiffusionPipeline, args, prompts: list[str], location: str |
     base = args.pretrained_model_name_or_path
     base = base if isinstance(location, Path) else public_name(base)  # a card is read elsewhere
     return lora_loading_code(pipeline, base, how_to_load(pipeline, place), condition)
+
+
+class TextTeaching(teachers.Teaching):
+    """What a text-to-image teacher teaches; `args` with [`PromptGridArguments`], `CaptionCorruptionArguments` and
+    `TextCacheArguments`.
+
+    Its text encoder is frozen, and encodes a batch once for student, target and teacher.
+
+    Attributes:
+        model: the teacher's pipeline, taken apart.
+        with_true: whether batches bring the examples' own captions beside the corrupted ones, for the teacher.
+    """
+
+    @classmethod
+    def open(cls, args, accelerator: Accelerator) -> "TextTeaching":
+        """With the data, the teacher's weights and the first stage.
+
+        Raises:
+            InputError: one of them cannot be opened, or they do not fit together.
+        """
+        self = cls()
+        self._take(args, open_text_pipeline(**cls._named(args), seed=args.seed), open_first_stage)
+        self.data = open_training_data(args, mask_word=mask_word_of(self.model.text))
+        if args.streaming and args.cep_gamma > 0 and args.cep_mode == "fixed":
+            require_ids(self.data.source, "--cep_mode fixed")
+        self.prompts = grid_prompts(args, self.data)
+        rewrite_captions(args, self.data, rewritings_file(args, self.data), accelerator)
+        return self
+
+    @classmethod
+    def peek(cls, args) -> "TextTeaching":
+        """Without weights, or data that is not here; see [`noisycond.dry_run`]."""
+        self = cls()
+        self._take(args, peek_text_pipeline(**cls._named(args)), lambda name, seed: peek_first_stage(name))
+        self.data = dry_run.open_what_is_here(args)
+        return self
+
+    @staticmethod
+    def _named(args) -> dict:
+        return {
+            "name": args.pretrained_teacher_model,
+            "resolution": args.resolution,
+            "revision": args.teacher_revision,
+            "flag": teachers.FLAG,
+        }
+
+    def _take(self, args, model: TextPipeline, open_other: Callable[[str, int], FirstStage]) -> None:
+        self.args, self.model, self.first_stage = args, model, model.first_stage
+        self.with_true = args.corruption_ratio > 0 and args.teacher_condition == "clean"
+        if args.pretrained_vae_model_name_or_path is not None:
+            self.first_stage = open_other(args.pretrained_vae_model_name_or_path, args.seed)
+            teachers.check_latents(model.name, model.backbone.model.config, self.first_stage, args.resolution)
+        why = f"first stage of {args.pretrained_vae_model_name_or_path or model.name}"
+        self.latents = teachers.Latents(self.first_stage.latent_channels, self.first_stage.factor, why)
+        self.prediction_type = model.preset.prediction_type
+        teachers.require_prediction_type(model.name, self.prediction_type)
+        self.scheduler = teachers.lcm_scheduler(
+            model.scheduler_config, args.num_ddim_timesteps, args.timestep_scaling_factor
+        )
+        self.teacher = ConditionalDenoiser(self._reader(), model.backbone).eval().requires_grad_(False)
+        self.tally, self.texts = CaptionTally(), None
+
+    def _reader(self) -> TextEncoder:
+        """What stands in a denoiser for the text encoder: it hands on embeddings."""
+        return TextEncoder([], None, self.model.name)
+
+    @property
+    def facts(self) -> dict:
+        return {"teacher": state_hash(self.teacher), "text_encoder": [state_hash(each) for each in self.encoders]}
+
+    @property
+    def encoders(self) -> tuple:
+        return self.model.text.encoders
+
+    def sizes(self) -> dict[str, str]:
+        weights = sum(parameter.numel() for encoder in self.encoders for parameter in encoder.parameters())
+        return {"text encoder": f"{weights:,} parameters, frozen, {4 * weights / 1e9:.3f} GB beside the memory below"}
+
+    def copied(self, time_cond_proj_dim: int | None, **options) -> ConditionalDenoiser:
+        unet = teachers.copied_unet(self.teacher.backbone.model, self.latent_size, time_cond_proj_dim)
+        reader = self._reader()
+        reader.embedding_dropout, reader.seed = self.args.embedding_dropout, self.args.seed
+        return ConditionalDenoiser(reader, UNetBackbone.around(unet), **options)
+
+    def evaluation(self) -> TrainingEvaluation:
+        return TrainingEvaluation(self.args, prompts=evaluation_prompts(self.args))
+
+    def batches(self, accelerator: Accelerator) -> Batches:
+        text, device = self.model.text, accelerator.device
+        self.first_stage.to(device)
+        self.teacher.to(device)
+        if self.args.cache_text_embeddings:
+            self.texts = cache_texts(self.args, self.data, text, accelerator, self.with_true)
+            self.null = self.texts.null()
+        else:
+            text.to(device)
+            self.null = self._embedded(text.null())
+        encode = (self.texts or text).encode
+        return open_batches(self.args, self.data, accelerator, self.first_stage, encode, self.with_true)
+
+    def keep(self, run: RunFolder) -> None:
+        if self.args.caption_rewriter is not None:
+            shutil.copyfile(rewritings_file(self.args, self.data), run.path / "rewritten_captions.jsonl")
+        if self.args.save_corruption_map:
+            save_caption_map(self.data.captions, run.path / "corruption_map.csv")
+
+    @torch.no_grad()
+    def _embedded(self, tokens: Mapping[str, torch.Tensor], prefix: str = "") -> dict[str, torch.Tensor]:
+        """Embeddings of tokens that stand by names after this prefix, by such names, in float32 as a cache has them;
+        nothing where they are embeddings already."""
+        if self.texts is not None:
+            return {}
+        text = self.model.text
+        with torch.autocast(text.device.type, enabled=False):
+            named = {name.removeprefix(prefix): each for name, each in tokens.items() if name.startswith(prefix)}
+            embedding = text.embed(named)
+        return {f"{prefix}sequence": embedding.sequence}
+
+    def conditions(self, batch: dict, keys: torch.Tensor) -> tuple[dict, dict, dict]:
+        batch = batch | self._embedded(batch)
+        student = teacher = text_conditions(self.args, self.tally, self.null, batch, keys)
+        if self.with_true:
+            batch = batch | self._embedded(batch, "true_")
+            teacher = _conditions_of(self.args, self.null, batch, keys, "true_")
+        nothing = {"is_null": torch.ones_like(student["is_null"])}
+        null = {name: value.to(student[name]).expand_as(student[name]) for name, value in self.null.items()}
+        return student, teacher, student | nothing | null
+
+    def pipeline(self, student: ConditionalDenoiser) -> DiffusionPipeline:
+        pipeline = self._with_adapters(student) if self.args.use_lora else self._distilled(student)
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline.to(self.first_stage.model.device)
+
+    def _with_adapters(self, student: ConditionalDenoiser) -> DiffusionPipeline:
+        pipeline = self.model.assemble(student)
+        pipeline.register_modules(scheduler=self.scheduler)
+        return pipeline
+
+    def _distilled(self, student: ConditionalDenoiser) -> LatentConsistencyModelPipeline | LDMTextToImagePipeline:
+        theirs, unet = self.model.pipeline, student.backbone.export_model()
+        if not isinstance(theirs, StableDiffusionPipeline):
+            return LDMTextToImagePipeline(self.first_stage.model, theirs.bert, theirs.tokenizer, unet, self.scheduler)
+        parts = ("text_encoder", "tokenizer", "safety_checker", "feature_extractor", "image_encoder")
+        return LatentConsistencyModelPipeline(
+            vae=self.first_stage.model,
+            unet=unet,
+            scheduler=self.scheduler,
+            requires_safety_checker=theirs.config.requires_safety_checker,
+            **{name: getattr(theirs, name) for name in parts},
+        )
+
+    def draw(self, pipeline: DiffusionPipeline, path: Path) -> None:
+        draw_samples(pipeline, self.args, self.prompts, path)

@@ -114,7 +114,7 @@ def fit(
 
 def _log(state: TrainingState, run: RunFolder, row: dict) -> None:
     for name, summary in state.totals().items():
-        row |= {f"{name}_{key}": value for key, value in summary.items() if isinstance(value, float)}
+        row |= {f"{name}_{key}": value for key, value in summary.items() if isinstance(value, (int, float))}
     state.accelerator.log({key: value for key, value in row.items() if key != "step"}, step=row["step"])
     if state.accelerator.is_main_process:
         run.log(row)

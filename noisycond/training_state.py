@@ -314,17 +314,17 @@ class TrainingState:
         # Without the wrapper's prefix, so that another number of processes can resume.
         weights[:] = []
         for model in map(self.accelerator.unwrap_model, models):
-            frozen = frozen_names(model)
-            weights.append({name: tensor for name, tensor in model.state_dict().items() if name not in frozen})
+            # Tied weights under their first name alone: safetensors refuses a tensor that comes twice.
+            left_out = frozen_names(model) | tied_names(model).keys()
+            weights.append({name: tensor for name, tensor in model.state_dict().items() if name not in left_out})
 
     def _load_unwrapped_weights(self, models: list, input_dir: str) -> None:
         while models:
-            model, state = (
-                self.accelerator.unwrap_model(models.pop()),
-                load_file(Path(input_dir) / "model.safetensors"),
-            )
-            held = {name: tensor for name, tensor in model.state_dict().items() if name in frozen_names(model)}
-            model.load_state_dict(held | state)
+            model = self.accelerator.unwrap_model(models.pop())
+            frozen = frozen_names(model)
+            held = {name: tensor for name, tensor in model.state_dict().items() if name in frozen}
+            state = held | load_file(Path(input_dir) / "model.safetensors")
+            model.load_state_dict(state | {name: state[first] for name, first in tied_names(model).items()})
 
     def close(self) -> None:
         """Lets go of the accelerator's hooks, so that another run in this process can use it."""
@@ -352,6 +352,14 @@ def frozen_names(model: nn.Module) -> set[str]:
     """Names of the parameters that are not trained."""
     # Tied ones under each of their names.
     return {name for name, value in model.named_parameters(remove_duplicate=False) if not value.requires_grad}
+
+
+def tied_names(model: nn.Module) -> dict[str, str]:
+    """Names under which a parameter comes again → its first name."""
+    first: dict[int, str] = {}
+    parameters = model.named_parameters(remove_duplicate=False)
+    names = [(name, first.setdefault(id(value), name)) for name, value in parameters]
+    return {name: earlier for name, earlier in names if name != earlier}
 
 
 def parameter_groups(model: nn.Module, learning_rate: float, others: Mapping[str, float]) -> list[dict]:

@@ -52,6 +52,10 @@ class CaptionDataArguments(StreamArguments):
             "--class_names FILE is needed with --train_shards and --label_column: shards do not say how many classes "
             "there are.",
         )
+        require(
+            getattr(self, "label_smoothing", 0.0) == 0,
+            "--label_smoothing has no effect on captions: there is no mean class to mix in; leave it off.",
+        )
 
 
 @dataclass

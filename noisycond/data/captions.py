@@ -72,7 +72,7 @@ def corruption_of(args, mask_word: str = MASK_WORD) -> CaptionCorruption:
 
 
 def _changed(text: str, new: str) -> Caption:
-    return Caption(new, is_corrupted=new != text)
+    return Caption(new, True, own=text) if new != text else Caption(text)
 
 
 class Captions:
@@ -181,7 +181,7 @@ class Captions:
         if partner == index:
             return Caption(mine)
         same_class = self.labels is not None and self.labels[index] == self.labels[partner]
-        return Caption(theirs, True, bool(same_class) or mine == theirs)
+        return Caption(theirs, True, bool(same_class) or mine == theirs, mine)
 
     def _corrupted(self, index: int, number: int, epoch: int) -> Caption:
         """What `token`, `shuffle` or `llm` make of a chosen example's caption of this number."""
@@ -209,8 +209,11 @@ class Captions:
             for place in range(int(self.counts[index])):
                 yield index, int(self.first[index]) + place
 
-    def all_texts(self) -> list[str]:
+    def all_texts(self, with_true: bool = False) -> list[str]:
         """Every text that can come up in any epoch, each once, in a fixed order.
+
+        Args:
+            with_true: beside what examples train with also the captions that are corrupted, as they were.
 
         Raises:
             InputError: there is no end of them: words are drawn anew every epoch.
@@ -222,7 +225,9 @@ class Captions:
             "that their embeddings cannot be cached; say --corruption_mode fixed, or leave --cache_text_embeddings "
             "off.",
         )
-        always = np.setdiff1d(np.arange(len(self)), candidates) if corruption.mode == "fixed" else np.arange(len(self))
+        always = np.arange(len(self))
+        if corruption.mode == "fixed" and not with_true:
+            always = np.setdiff1d(always, candidates)
         texts = {self.texts[number]: None for _, number in self._numbers_of(always)}
         bar = {"desc": "corrupting captions", "unit": "caption", "delay": 2, "disable": not is_main_process()}
         for index, number in tqdm(self._numbers_of(candidates), **bar):
@@ -391,7 +396,7 @@ class StreamCaptions:
             if partner != place:
                 label, other = examples[place].label, examples[partner].label
                 same = texts[place] == texts[partner] or (label is not None and label == other)
-                captions[place] = Caption(texts[partner], True, same)
+                captions[place] = Caption(texts[partner], True, same, texts[place])
         return captions
 
     def _corrupted(
@@ -424,11 +429,18 @@ def caption_stream(args, source: StreamSource, mask_word: str = MASK_WORD) -> St
     return source.captioning
 
 
-def encoded(encode: Encode, captions: Sequence[Caption]) -> dict[str, torch.Tensor]:
+def encoded(encode: Encode, captions: Sequence[Caption], with_true: bool = False) -> dict[str, torch.Tensor]:
     """What a text encoder needs of B captions, and `caption_flags` int64 [B, 2]: 1 where a caption is corrupted, and
-    where it is corrupted but still true."""
+    where it is corrupted but still true.
+
+    Args:
+        with_true: whether what it needs of the examples' own captions comes too, by the same names after `true_`.
+    """
     flags = [[caption.is_corrupted, caption.is_still_true] for caption in captions]
     texts = encode([caption.text for caption in captions])
+    if with_true:
+        own = encode([caption.true_text for caption in captions])
+        texts |= {f"true_{name}": value for name, value in own.items() if name != "is_truncated"}
     return texts | {"caption_flags": torch.tensor(flags, dtype=torch.int64)}
 
 
@@ -440,10 +452,11 @@ class Captioned(Dataset):
         captions: of the same examples. A caption belongs to the image that is there in the end: what stands in for an
             unreadable one brings its own.
         encode: B texts to tensors [B, …] on the CPU, of one shape whatever the texts.
+        with_true: see [`encoded`].
     """
 
-    def __init__(self, dataset: Dataset, captions: Captions, encode: Encode):
-        self.dataset, self.captions, self.encode = dataset, captions, encode
+    def __init__(self, dataset: Dataset, captions: Captions, encode: Encode, with_true: bool = False):
+        self.dataset, self.captions, self.encode, self.with_true = dataset, captions, encode, with_true
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -451,13 +464,14 @@ class Captioned(Dataset):
     def __getitem__(self, item: tuple[int, int, int]) -> dict:
         example = self.dataset[item]
         caption = self.captions.use(int(example["index"]), int(example["epoch"]))
-        return example | {name: value[0] for name, value in encoded(self.encode, [caption]).items()}
+        return example | {name: value[0] for name, value in encoded(self.encode, [caption], self.with_true).items()}
 
     def __getitems__(self, items: list[tuple[int, int, int]]) -> dict:
         """A whole batch at once, as torch's data loader asks for it."""
         whole = getattr(self.dataset, "__getitems__", None)
         batch = collate(whole(items) if whole else [self.dataset[item] for item in items])
-        return batch | encoded(self.encode, self.captions.use_all(batch["index"], batch["epoch"]))
+        captions = self.captions.use_all(batch["index"], batch["epoch"])
+        return batch | encoded(self.encode, captions, self.with_true)
 
 
 def caption_facts(captions: Captions | StreamCaptions) -> dict:

@@ -81,11 +81,13 @@ def open_batches(
     accelerator: Accelerator,
     first_stage: FirstStage | None = None,
     encode: Encode | None = None,
+    with_true_captions: bool = False,
 ) -> Batches:
     """This process's training batches: of latents where `--cache_latents` was given, of pixels otherwise.
 
     Args:
         encode: for data with captions, what makes tensors of them; see [`noisycond.data.captions.Captioned`].
+        with_true_captions: see [`noisycond.data.captions.encoded`].
 
     Raises:
         InputError: too many unreadable images, or no space left for the cache.
@@ -104,8 +106,8 @@ def open_batches(
         args.dataloader_num_workers,
     )
     if isinstance(dataset, StreamedImages):
-        dataset = StreamedImages(dataset.source, dataset.transform, encode)
+        dataset = StreamedImages(dataset.source, dataset.transform, encode, with_true_captions)
         return StreamBatches(dataset, *shape, args.shuffle_buffer_size, args.max_bad_images)
     if isinstance(data.captions, Captions):
-        dataset = Captioned(dataset, data.captions, encode)
+        dataset = Captioned(dataset, data.captions, encode, with_true_captions)
     return Batches(dataset, *shape)

@@ -194,10 +194,13 @@ class StreamedImages(Dataset):
     Attributes:
         source: the stream. transform: images to tensors.
         encode: captions to tensors, see [`noisycond.data.captions.Captioned`]; None where they are not asked for.
+        with_true: see [`noisycond.data.captions.encoded`].
     """
 
-    def __init__(self, source: StreamSource, transform: Transform, encode: Encode | None = None):
-        self.source, self.transform, self.encode = source, transform, encode
+    def __init__(
+        self, source: StreamSource, transform: Transform, encode: Encode | None = None, with_true: bool = False
+    ):
+        self.source, self.transform, self.encode, self.with_true = source, transform, encode, with_true
 
     def describe(self) -> str:
         """What is known of its size, for the log."""
@@ -223,7 +226,8 @@ class StreamedImages(Dataset):
             "cursor": torch.tensor(cursor),
         }
         if self.encode is not None:
-            example |= {name: value[0] for name, value in encoded(self.encode, [raw.caption]).items()}
+            told = encoded(self.encode, [raw.caption], self.with_true)
+            example |= {name: value[0] for name, value in told.items()}
         return example
 
 

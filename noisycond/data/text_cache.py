@@ -121,10 +121,14 @@ def cache_key(hashes: np.ndarray, text: TextEncoder) -> dict:
         "format": FORMAT,
         "texts": hashlib.sha256(hashes.tobytes()).hexdigest(),
         "count": len(hashes),
-        "reading": [type(text).__name__, getattr(text, "zero_null", None)],
-        "tokens": _tokenizer_facts(text),
+        **reading(text),
         "encoders": [_model_hash(model) for model in text.encoders],
     }
+
+
+def reading(text: TextEncoder) -> dict:
+    """How captions are read, beside the weights: the tokenizers, and what is taken of the encoders; JSON values."""
+    return {"reading": [type(text).__name__, getattr(text, "zero_null", None)], "tokens": _tokenizer_facts(text)}
 
 
 def _tokenizer_facts(text: TextEncoder) -> dict:

@@ -158,12 +158,18 @@ class TextEncoder(nn.Module):
             self.models.eval()
         return self
 
+    @property
+    def is_parked(self) -> bool:
+        """Whether the encoders are put aside, see [`park`]."""
+        return bool(self._parked)
+
     def park(self) -> None:
         """Puts frozen encoders aside, on the CPU, once all that is read are cached embeddings: they are then no part
         of this module, and neither moved to a device nor saved with it."""
         if self.is_trained:
             raise ValueError("a text encoder that is trained cannot be put aside.")
-        self._parked, self.models = tuple(model.cpu() for model in self.encoders), nn.ModuleList()
+        kept = tuple(model if model.device.type == "meta" else model.cpu() for model in self.encoders)
+        self._parked, self.models = kept, nn.ModuleList()
 
     def null(self) -> dict[str, torch.Tensor]:
         """The empty prompt, as `encode` gives it but without `is_truncated`: each [1, ...]."""
@@ -312,7 +318,7 @@ def open_text_encoder(name: str, trained: bool) -> TextEncoder:
     location = _location(name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(location)
-        config = AutoConfig.from_pretrained(location)
+        config = _text_config(AutoConfig.from_pretrained(location))
     except Exception as error:  # transformers raises whatever its parts raise
         raise InputError(_unusable(name, error)) from error
     kind = _class_of(name, config)
@@ -344,7 +350,8 @@ def peek_text_encoder(name: str, trained: bool) -> tuple[TextEncoder, str]:
         InputError: it is not here; the network is not asked.
     """
     try:
-        config, why = AutoConfig.from_pretrained(_location(name), local_files_only=True), f"configuration of {name}"
+        config = _text_config(AutoConfig.from_pretrained(_location(name), local_files_only=True))
+        why = f"configuration of {name}"
     except Exception as error:
         if name not in KNOWN_CONFIGS:
             raise InputError(_unusable(name, error)) from error
@@ -357,6 +364,11 @@ def peek_text_encoder(name: str, trained: bool) -> tuple[TextEncoder, str]:
     with torch.device("meta"):
         model = kind.from_config(config) if kind is AutoModel else kind(config)
     return TextEncoder([model], None, name, trained), why
+
+
+def _text_config(config: PretrainedConfig) -> PretrainedConfig:
+    """Of a CLIP that has images too, the part that reads text."""
+    return getattr(config, "text_config", config)
 
 
 def _location(name: str) -> str | Path:

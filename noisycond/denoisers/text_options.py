@@ -2,16 +2,32 @@
 
 from dataclasses import dataclass
 
-from noisycond.arguments import Arguments, flag
+from noisycond.arguments import Arguments, LoRAArguments, flag
 from noisycond.errors import require
 
 
 DEFAULT_DENOISER = "ldm-mini-text"
-DEFAULT_RANK = 4
 
 
 @dataclass
-class TextModelArguments(Arguments):
+class TextCacheArguments(Arguments):
+    cache_text_embeddings: bool = flag(
+        False, "Encode every caption once into a memory-mapped file and train from that; for frozen text encoders."
+    )
+    text_cache_dir: str | None = flag(
+        None, "Where caches of text embeddings are kept, one folder each; the default is ~/.cache/noisycond/texts."
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        require(
+            self.cache_text_embeddings or self.text_cache_dir is None,
+            "--text_cache_dir has no effect without --cache_text_embeddings.",
+        )
+
+
+@dataclass
+class TextModelArguments(TextCacheArguments, LoRAArguments):
     """Of a script that also inherits `FirstStageArguments` and `PerturbationArguments`."""
 
     denoiser: str | None = flag(
@@ -37,18 +53,6 @@ class TextModelArguments(Arguments):
     text_encoder_learning_rate: float | None = flag(
         None, "The text encoder's learning rate at its peak; the default is --learning_rate."
     )
-    use_lora: bool = flag(False, "Train low-rank adapters of the denoiser (LoRA) instead of its weights; needs peft.")
-    rank: int = flag(DEFAULT_RANK, "Rank of the LoRA matrices.")
-    lora_alpha: float | None = flag(None, "α of LoRA, whose updates are scaled by α/rank; the default is the rank.")
-    lora_target_modules: list[str] = flag(
-        [], "Modules that get LoRA, by the ends of their names; the default is to_k, to_q, to_v and to_out.0."
-    )
-    cache_text_embeddings: bool = flag(
-        False, "Encode every caption once into a memory-mapped file and train from that; for frozen text encoders."
-    )
-    text_cache_dir: str | None = flag(
-        None, "Where caches of text embeddings are kept, one folder each; the default is ~/.cache/noisycond/texts."
-    )
 
     def __post_init__(self):
         super().__post_init__()
@@ -67,14 +71,6 @@ class TextModelArguments(Arguments):
             not (self.cache_text_embeddings and self.train_text_encoder),
             "--cache_text_embeddings needs a frozen text encoder: a trained one encodes anew at every step; add "
             "--train_text_encoder no, or leave it off.",
-        )
-        require(
-            self.cache_text_embeddings or self.text_cache_dir is None,
-            "--text_cache_dir has no effect without --cache_text_embeddings.",
-        )
-        require(
-            getattr(self, "label_smoothing", 0.0) == 0,
-            "--label_smoothing has no effect on captions: there is no mean class to mix in; leave it off.",
         )
 
     def _resolve_origin(self) -> None:
@@ -101,8 +97,6 @@ class TextModelArguments(Arguments):
 
     def _check_lora(self) -> None:
         if not self.use_lora:
-            for name, default in (("rank", DEFAULT_RANK), ("lora_alpha", None), ("lora_target_modules", [])):
-                require(getattr(self, name) == default, f"--{name} has no effect without --use_lora; add it.")
             return
         require(
             self.pretrained_model_name_or_path is not None,
@@ -111,9 +105,4 @@ class TextModelArguments(Arguments):
         require(
             not self.train_text_encoder,
             "--use_lora adapts the denoiser alone; leave --train_text_encoder away.",
-        )
-        require(self.rank > 0, f"--rank is {self.rank}, but it must be positive.")
-        require(
-            self.lora_alpha is None or 0 < self.lora_alpha < float("inf"),
-            f"--lora_alpha is {self.lora_alpha}, but it must be a positive number.",
         )

@@ -206,7 +206,8 @@ class TextPipeline:
     Attributes:
         name: as it was given. family: which it is of.
         text: its text encoders. backbone: its denoiser. first_stage: its autoencoder.
-        preset: noise schedule and prediction type of its scheduler.
+        preset: noise schedule and prediction type of its scheduler. scheduler_config: of that, without private
+            entries.
         pipeline: as it was opened; None of one that is only looked at (dry run).
     """
 
@@ -216,6 +217,7 @@ class TextPipeline:
     backbone: nn.Module
     first_stage: FirstStage
     preset: Preset
+    scheduler_config: dict
     pipeline: DiffusionPipeline | None
 
     def denoiser(
@@ -252,27 +254,29 @@ def open_text_pipeline(
     revision: str | None = None,
     variant: str | None = None,
     seed: int = 0,
+    flag: str = FLAG,
 ) -> TextPipeline:
-    """The pipeline that `--pretrained_model_name_or_path` names, in float32.
+    """The pipeline that a flag names, in float32.
 
     Args:
         name: a folder or a Hub id. resolution: R, of the images to train on.
         train_text_encoder: whether its text encoders are trained along. seed: of the first stage's draws.
+        flag: for messages.
 
     Raises:
         InputError: nothing there can be opened, it is of no family that can be trained here, or it was trained in a
             way that cannot be continued here.
     """
-    index = _index(name, revision, local=False)
-    family = _family(name, index)
+    index = _index(flag, name, revision, local=False)
+    family = _family(flag, name, index)
     try:
         pipeline = family.pipeline.from_pretrained(name, revision=revision, variant=variant, torch_dtype=torch.float32)
     except Exception as error:  # diffusers and transformers raise whatever their parts raise
-        raise InputError(f"{FLAG} {name}: cannot be opened ({in_one_line(error)}).") from error
+        raise InputError(f"{flag} {name}: cannot be opened ({in_one_line(error)}).") from error
     pipeline = _of_its_class(pipeline, index)
     pipeline.register_to_config(_name_or_path=public_name(name))
     vae = getattr(pipeline, family.first_stage)
-    first_stage = _asked(name, lambda: taken_from(vae, vae.config, name, seed))
+    first_stage = _asked(flag, name, lambda: taken_from(vae, vae.config, name, seed))
     text = family.make_text(
         [getattr(pipeline, slot) for slot in family.tokenizers],
         [getattr(pipeline, slot) for slot in family.encoders],
@@ -283,12 +287,19 @@ def open_text_pipeline(
     model = getattr(pipeline, family.denoiser)
     model.register_to_config(_name_or_path=public_name(name))
     return _asked(
-        name, lambda: _taken_apart(name, family, model, text, first_stage, pipeline.scheduler, resolution, pipeline)
+        flag,
+        name,
+        lambda: _taken_apart(name, family, model, text, first_stage, pipeline.scheduler, resolution, pipeline),
     )
 
 
 def peek_text_pipeline(
-    name: str, *, resolution: int, train_text_encoder: bool = False, revision: str | None = None
+    name: str,
+    *,
+    resolution: int,
+    train_text_encoder: bool = False,
+    revision: str | None = None,
+    flag: str = FLAG,
 ) -> TextPipeline:
     """As [`open_text_pipeline`], but on the meta device and without tokenizers, from the configurations that lie on
     this machine.
@@ -296,8 +307,8 @@ def peek_text_pipeline(
     Raises:
         InputError: as there, or they do not lie here; the network is not asked.
     """
-    index = _index(name, revision, local=True)
-    family = _family(name, index)
+    index = _index(flag, name, revision, local=True)
+    family = _family(flag, name, index)
     options = {"revision": revision, "local_files_only": True}
     try:
         config = family.backbone.model_class.load_config(name, subfolder=family.denoiser, **options)
@@ -306,10 +317,12 @@ def peek_text_pipeline(
             model = family.backbone.model_class.from_config(config)
             encoders = [_empty_encoder(name, slot, index[slot][1], options) for slot in family.encoders]
     except Exception as error:
-        raise InputError(f"{FLAG} {name}: cannot be opened ({in_one_line(error)}).") from error
+        raise InputError(f"{flag} {name}: cannot be opened ({in_one_line(error)}).") from error
     text = family.make_text(None, encoders, index, name, train_text_encoder)
-    first_stage = _asked(name, lambda: peek_first_stage(name))
-    return _asked(name, lambda: _taken_apart(name, family, model, text, first_stage, scheduler, resolution, None))
+    first_stage = _asked(flag, name, lambda: peek_first_stage(name))
+    return _asked(
+        flag, name, lambda: _taken_apart(name, family, model, text, first_stage, scheduler, resolution, None)
+    )
 
 
 def _empty_encoder(name: str, slot: str, class_name: str, options: dict) -> PreTrainedModel:
@@ -318,24 +331,24 @@ def _empty_encoder(name: str, slot: str, class_name: str, options: dict) -> PreT
     return kind(config_class.from_pretrained(name, subfolder=slot, **options))
 
 
-def _index(name: str, revision: str | None, local: bool) -> dict:
+def _index(flag: str, name: str, revision: str | None, local: bool) -> dict:
     try:
         return dict(DiffusionPipeline.load_config(name, revision=revision, local_files_only=local))
     except (OSError, ValueError) as error:
         raise InputError(
-            f"{FLAG} {name}: no folder or Hub id of a pipeline, with its model_index.json ({in_one_line(error)})."
+            f"{flag} {name}: no folder or Hub id of a pipeline, with its model_index.json ({in_one_line(error)})."
         ) from error
 
 
-def _family(name: str, index: dict) -> Family:
+def _family(flag: str, name: str, index: dict) -> Family:
     class_name = index.get("_class_name")
     class_name = class_name[-1] if isinstance(class_name, (list, tuple)) else class_name
     family = FAMILIES.get(class_name)
     known = ", ".join(f"{known.title} ({kind})" for kind, known in FAMILIES.items())
-    require(family, f"{FLAG} {name}: a {class_name} cannot be trained here, only {known}.")
+    require(family, f"{flag} {name}: a {class_name} cannot be trained here, only {known}.")
     slots = (*family.encoders, *family.tokenizers, family.first_stage, family.denoiser, "scheduler")
     lacking = [slot for slot in slots if (index.get(slot) or [None])[0] is None]
-    require(not lacking, f"{FLAG} {name}: this {class_name} has no {' and no '.join(lacking)}.")
+    require(not lacking, f"{flag} {name}: this {class_name} has no {' and no '.join(lacking)}.")
     return family
 
 
@@ -343,18 +356,21 @@ def _of_its_class(pipeline: DiffusionPipeline, index: dict) -> DiffusionPipeline
     """diffusers' own class for LDM, which needs no code of ours, where the folder names it and it draws images of the
     right size."""
     is_ours = isinstance(index["_class_name"], (list, tuple))
-    if isinstance(pipeline, LDMTextToImagePipeline) and not is_ours and pipeline.vae_scale_factor == STOCK_LDM_FACTOR:
+    if not isinstance(pipeline, LDMTextToImagePipeline) or is_ours:
+        return pipeline
+    # It also pads to one length, whatever the tokenizer allows.
+    if pipeline.vae_scale_factor == STOCK_LDM_FACTOR and pipeline.max_tokens == LDM_MAX_LENGTH:
         return diffusers.LDMTextToImagePipeline(**pipeline.components)
     return pipeline
 
 
-def _asked(name: str, action: Callable):
+def _asked(flag: str, name: str, action: Callable):
     """What an action gives; an InputError of it names the flag."""
     try:
         return action()
     except InputError as error:
         sentence = str(error)
-        raise InputError(sentence if sentence.startswith("--") else f"{FLAG} {name}: {sentence}") from error
+        raise InputError(sentence if sentence.startswith("--") else f"{flag} {name}: {sentence}") from error
 
 
 def _taken_apart(
@@ -397,7 +413,8 @@ def _taken_apart(
         factor=first_stage.factor,
         **schedule_of_scheduler(scheduler.config),
     )
-    return TextPipeline(name, family, text, backbone, first_stage, preset, pipeline)
+    known = {key: value for key, value in scheduler.config.items() if not key.startswith("_")}
+    return TextPipeline(name, family, text, backbone, first_stage, preset, known, pipeline)
 
 
 def _check_inputs(family: Family, model: ModelMixin, text: TextEncoder) -> None:

@@ -3,6 +3,7 @@
 import dataclasses
 import re
 import shlex
+from collections.abc import Sequence
 
 import pytest
 from launching import ROOT, load_script
@@ -22,24 +23,28 @@ RECIPES_README = (ROOT / "recipes/README.md").read_text(encoding="utf-8")
 SCALING = (ROOT / "docs/scaling.md").read_text(encoding="utf-8")
 METRICS_PAGE = (ROOT / "docs/metrics.md").read_text(encoding="utf-8")
 TEXT_PAGE = (ROOT / "docs/text_to_image.md").read_text(encoding="utf-8")
+DISTILLATION = (ROOT / "docs/distillation.md").read_text(encoding="utf-8")
 DOCS = {
     "README.md": README,
     "docs/text_to_image.md": TEXT_PAGE,
     "recipes/README.md": RECIPES_README,
     "docs/scaling.md": SCALING,
     "docs/metrics.md": METRICS_PAGE,
+    "docs/distillation.md": DISTILLATION,
 }
 SCRIPTS = {
     "train_class_cond.py": ("ClassCondArguments", "digits_dit_mini"),
     "train_text_to_image_corrupt.py": ("TextToImageArguments", "digits_text"),
     "train_autoencoder.py": ("AutoencoderArguments", "digits_kl"),
+    "train_lcm_distill.py": (None, "digits_lcm"),  # by what the teacher takes
     "generate.py": ("GenerateArguments", None),
     "evaluate_model.py": ("EvaluateArguments", None),
 }
 
 
-def arguments_class(script: str) -> type[Arguments]:
-    return getattr(load_script(script.removesuffix(".py")), SCRIPTS[script][0])
+def arguments_class(script: str, argv: Sequence[str] = ()) -> type[Arguments]:
+    module, name = load_script(script.removesuffix(".py")), SCRIPTS[script][0]
+    return module.arguments_class(list(argv)) if name is None else getattr(module, name)
 
 
 def commands(text: str) -> list[str]:
@@ -58,7 +63,8 @@ def test_command_parses(command, tmp_path, monkeypatch):
     script = next(word for word in words if word.endswith(".py"))
     monkeypatch.chdir(tmp_path)
     (tmp_path / "imagenet/train").mkdir(parents=True)
-    parse_arguments(arguments_class(script), words[words.index(script) + 1 :], SCRIPTS[script][1])
+    argv = words[words.index(script) + 1 :]
+    parse_arguments(arguments_class(script, argv), argv, SCRIPTS[script][1])
 
 
 @pytest.mark.parametrize("text", [README, CEP_EVERYWHERE], ids=["README", "cep_everywhere"])
@@ -112,6 +118,16 @@ def test_flag_table_has_the_real_flags_and_defaults(script, page, least):
             assert default == shown, name
 
 
+def test_the_flags_of_distillation_are_told():
+    module = load_script("train_lcm_distill")
+    fields = {item.name: item for cls in module.ARGUMENTS.values() for item in dataclasses.fields(cls)}
+    own = set(module.LCMArguments.__annotations__)
+    rows = dict(re.findall(r"^\| `--(\w+)` \| (\S*) ?\|", DISTILLATION, re.M))
+    assert own <= set(rows)
+    for name, default in rows.items():
+        assert default == ("" if fields[name].default is None else str(fields[name].default)), name
+
+
 def test_the_flags_that_are_particular_to_text_are_all_told():
     of_classes, of_text = (
         {item.name: item.metadata["help"] for item in dataclasses.fields(arguments_class(script))}
@@ -121,7 +137,7 @@ def test_the_flags_that_are_particular_to_text_are_all_told():
     assert told >= of_text.keys() - of_classes.keys()
 
 
-@pytest.mark.parametrize("script", ["train_class_cond.py", "train_text_to_image_corrupt.py"])
+@pytest.mark.parametrize("script", ["train_class_cond.py", "train_text_to_image_corrupt.py", "train_lcm_distill.py"])
 def test_every_flag_of_the_main_scripts_has_help(script):
     for item in dataclasses.fields(arguments_class(script)):
         assert len(item.metadata["help"]) > 10, item.name
@@ -161,7 +177,7 @@ def test_every_metric_and_its_choices_are_told():
 
 
 def test_files_named_in_the_docs_exist():
-    for text in (RECIPES_README, SCALING, METRICS_PAGE):
+    for text in (RECIPES_README, SCALING, METRICS_PAGE, DISTILLATION):
         for name in re.findall(r"\b(?:recipes|docs|benchmarks)/[\w/]+\.\w+", text):
             assert (ROOT / name).exists(), name
 

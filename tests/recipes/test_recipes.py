@@ -24,7 +24,7 @@ SCRIPTS = {  # which script reads a recipe
     "evaluate_model": "EvaluateArguments",
     "train_class_cond": "ClassCondArguments",
     "train_text_to_image_corrupt": "TextToImageArguments",
-    "train_lcm_distill": "LCMArguments",
+    "train_lcm_distill": None,  # by what the teacher takes
 }
 
 
@@ -34,7 +34,7 @@ def script_of(path: Path) -> str:
     if path.stem.endswith("_evaluation"):
         return "evaluate_model"
     model = str(path.relative_to(RECIPES))
-    if model.startswith(("lcm_", "digits_lcm")):
+    if model.startswith(("lcm_", "digits_lcm", "digits_text_lcm")):
         return "train_lcm_distill"
     return "train_text_to_image_corrupt" if model.startswith(("ldm_4_cc3m", "digits_text")) else "train_class_cond"
 
@@ -53,7 +53,9 @@ def parse(path: Path, *argv):
     name, script = str(path.relative_to(RECIPES)).removesuffix(".yaml"), script_of(path)
     if script == "evaluate_model":
         argv = [*argv, "--pipeline", "runs/demo"]
-    return parse_arguments(getattr(load_script(script), SCRIPTS[script]), ["--recipe", name, *argv])
+    module, argv = load_script(script), ["--recipe", name, *argv]
+    cls = module.arguments_class(argv) if SCRIPTS[script] is None else getattr(module, SCRIPTS[script])
+    return parse_arguments(cls, argv)
 
 
 def test_there_are_recipes():
@@ -61,7 +63,9 @@ def test_there_are_recipes():
     settings += ["eta_2.5_random", "cep_u", "cep_g", "cep_fixed"]
     settings += ["input_perturbation", "embedding_dropout", "label_smoothing"]
     models = ("ldm_4_in1k", "dit_xl_2_in1k", "ldm_4_cc3m")
-    expected = {"digits_kl", "digits_vq", "digits_dit_mini", "digits_text", "digits_lcm", *models}
+    distilled = {"digits_text_lcm", "lcm_sd15_cc3m"}
+    distilled |= {f"lcm_sd15_cc3m/{setting}" for setting in ("cep_u", "cep_g", "input_perturbation")}
+    expected = distilled | {"digits_kl", "digits_vq", "digits_dit_mini", "digits_text", "digits_lcm", *models}
     expected |= {f"{model}/{setting}" for model in models for setting in settings}
     assert expected - {"ldm_4_cc3m/label_smoothing"} <= set(recipe_names())  # captions have no mean class
 
@@ -92,7 +96,7 @@ def test_a_recipe_writes_into_a_folder_of_its_own():
     assert len(set(folders)) == len(folders)
 
 
-@pytest.mark.parametrize("model", ["ldm_4_in1k", "dit_xl_2_in1k", "ldm_4_cc3m"])
+@pytest.mark.parametrize("model", ["ldm_4_in1k", "dit_xl_2_in1k", "ldm_4_cc3m", "lcm_sd15_cc3m"])
 def test_the_settings_of_a_model_differ_in_what_they_are_named_after_alone(model):
     clean = dataclasses.asdict(parse(RECIPES / f"{model}.yaml"))
     assert clean["corruption_ratio"] == clean["cep_gamma"] == clean["input_perturbation"] == 0
@@ -127,6 +131,15 @@ def test_dry_run(path, script, capsys, tmp_path, monkeypatch):
     assert "[inferred]" in said and f"output_dir {parse(path).output_dir}" in said
     assert ("ImageNet" in path.read_text()) == ("1001 rows" in said)
     assert not list(tmp_path.iterdir())  # nothing was written
+
+
+def test_a_recipe_of_a_distillation_has_the_flags_of_its_teacher(refused, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    kinds = {path.stem: type(parse(path)).__name__ for path in PATHS if script_of(path) == "train_lcm_distill"}
+    assert kinds.pop("digits_lcm") == "ClassLCMArguments" and set(kinds.values()) == {"TextLCMArguments"}
+    said = refused("train_lcm_distill", "--recipe", "lcm_sd15_cc3m/cep_u", "--dry_run")
+    assert said.startswith("--pretrained_teacher_model stable-diffusion-v1-5/stable-diffusion-v1-5:")
+    assert "digits_text" in refused("train_lcm_distill", "--recipe", "digits_text_lcm")
 
 
 @pytest.mark.parametrize("path", [path for path in MODELS if path.stem in AUTOENCODERS], ids=lambda path: path.stem)

@@ -14,6 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from noisycond import pictures, sampling, teachers
+from noisycond.class_conditional import open_corruption
 from noisycond.data.batches import collate
 from noisycond.lora import WEIGHTS
 from noisycond.training_state import AveragedWeights
@@ -141,42 +142,25 @@ def test_the_target_is_the_moving_average(script, tiny, tmp_path):
 
 
 def parse(teacher, *flags):
-    script = load_script("train_lcm_distill")
     words = ["--pretrained_teacher_model", str(teacher), "--recipe", "none", "--dataset_name", "digits", *flags]
-    return script.parse_arguments(script.LCMArguments, [*words, "--resolution", "32", "--w_max", "6"])
+    return load_script("train_lcm_distill").parse([*words, "--resolution", "32", "--w_max", "6"])
 
 
 @pytest.fixture(scope="module")
 def opened(teacher) -> tuple:
-    """The teacher's source, itself, its first stage, data and a batch of 32 examples."""
-    script, args = load_script("train_lcm_distill"), parse(teacher)
-    source = teachers.find_teacher(str(teacher))
-    data = script.open_training_data(args)
-    original, autoencoder = teachers.open_teacher(source, data.source.class_names)
-    batch = collate([data.images[index, 0, index] for index in range(32)])
-    return source, original, script.open_first_stage_of(args, autoencoder), data, batch
+    """The teacher's folder, it taught with the first flags, and a batch of 32 examples."""
+    teaching = load_script("train_lcm_distill").ClassTeaching.open(parse(teacher), None)
+    return teacher, teaching, collate([teaching.data.images[index, 0, index] for index in range(32)])
 
 
 def first_loss(opened, *flags) -> float:
     """The loss of the first batch, by the script's own functions, without the loop."""
     script = load_script("train_lcm_distill")
-    source, original, first_stage, data, batch = opened
-    args = parse(source.name, *flags)
-    corruption, _ = script.open_corruption(args, data)
-    student = script.make_student(args, original, 8).train()
-    compute_loss = script.make_compute_loss(
-        script.make_distillation(
-            args,
-            source,
-            teachers.lcm_scheduler(source, args.num_ddim_timesteps, args.timestep_scaling_factor),
-        ),
-        first_stage,
-        original,
-        student,
-        AveragedWeights(),
-        script.make_label_conditions(args, corruption, 10),
-        nullcontext,
-    )
+    teacher, teaching, batch = opened
+    args = teaching.args = parse(teacher, *flags)
+    teaching.tally, _ = open_corruption(args, teaching.data)
+    student = teaching.student().train()
+    compute_loss = script.make_compute_loss(args, teaching, student, AveragedWeights(), nullcontext)
     return compute_loss(student, batch, batch["index"]).mean().item()
 
 
@@ -215,7 +199,7 @@ def test_the_guidance_that_was_distilled_is_what_the_pipeline_is_asked_for(teach
     """A student that predicts as the teacher guided by w gives, asked for w + 1, the teacher's guided images."""
     pipeline = DiffusionPipeline.from_pretrained(teacher, trust_remote_code=True)
     source = teachers.find_teacher(str(teacher))
-    pipeline.scheduler = teachers.lcm_scheduler(source, 50, 10.0)
+    pipeline.scheduler = teachers.lcm_scheduler(source.scheduler, 50, 10.0)
     script = load_script("train_lcm_distill")
     latents, labels, w = torch.randn(2, 3, 8, 8), [3, 7], 1.5
     generator = torch.Generator().manual_seed(0)
@@ -333,3 +317,8 @@ def test_sharded_weights_are_refused(refused, tiny, monkeypatch, launcher):
 def test_the_miniature_says_where_its_teacher_comes_from(refused, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     assert "train_class_cond.py --recipe digits_ldm" in refused("train_lcm_distill")
+
+
+def test_flags_of_captions_are_refused_for_a_teacher_of_labels(refused, tiny):
+    sentence = refused("train_lcm_distill", *tiny, "--caption_column", "text")
+    assert "--caption_column has no effect" in sentence and "takes class labels" in sentence

@@ -105,7 +105,7 @@ def test_swaps_that_are_still_true_are_told():
         assert caption.is_still_true == (LABELS[index] == LABELS[other])
     assert 0 < sum(caption.is_still_true for caption in used(made, 0)) < SIZE / 2
     same = captions(1.0, own=[["a dog"], ["a dog"]])
-    assert used(same, 0) == [Caption("a dog", True, True)] * 2
+    assert used(same, 0) == [Caption("a dog", True, True, "a dog")] * 2
     assert not any(caption.is_still_true for caption in used(captions(1.0), 0))
 
 
@@ -129,7 +129,7 @@ def test_token_takes_words_of_other_captions():
 
 def test_shuffled_captions_that_cannot_change_do_not_count():
     made = captions(1.0, "shuffle", own=[["red sea"], ["sea"], ["sea sea"]])
-    assert used(made, 0) == [Caption("sea red", True), Caption("sea"), Caption("sea sea")]
+    assert used(made, 0) == [Caption("sea red", True, own="red sea"), Caption("sea"), Caption("sea sea")]
 
 
 # Rewritten
@@ -142,7 +142,7 @@ def test_llm_takes_the_rewriting_of_the_caption_that_is_drawn():
         for epoch in EPOCHS:
             clean = texts(captions(0.0), epoch)
             for own, caption in zip(clean, used(made, epoch), strict=True):
-                assert caption == (Caption(f"new {own}", True) if caption.is_corrupted else Caption(own))
+                assert caption == (Caption(f"new {own}", True, own=own) if caption.is_corrupted else Caption(own))
         assert 10 < sum(caption.is_corrupted for caption in used(made, 0)) < 40
 
 
@@ -150,7 +150,7 @@ def test_a_rewriting_that_changes_nothing_does_not_count():
     own = [["a dog"], ["a cat"]]
     assert used(captions(1.0, "llm", own=own, rewritten=[["a dog"], ["a kite"]]), 0) == [
         Caption("a dog"),
-        Caption("a kite", True),
+        Caption("a kite", True, own="a cat"),
     ]
 
 
@@ -194,6 +194,19 @@ def test_all_texts_are_those_that_come_up(type, mode):
     everything = made.all_texts()
     assert len(set(everything)) == len(everything)
     assert set(everything) == {text for epoch in range(14 if type == "token" else 30) for text in texts(made, epoch)}
+
+
+@pytest.mark.parametrize("type", ["swap", "token", "shuffle", "llm"])
+def test_a_corrupted_caption_knows_the_example_s_own(type):
+    rewritten = [[f"new {text}" for text in own] for own in OWN] if type == "llm" else None
+    made = captions(0.4, type, rewritten=rewritten)
+    everything = set(made.all_texts(with_true=True))
+    for epoch in range(30):
+        seen = used(made, epoch)
+        assert [caption.true_text for caption in seen] == texts(captions(0.0), epoch)
+        assert all((caption.own is not None) == caption.is_corrupted for caption in seen)
+        assert everything >= {text for caption in seen for text in (caption.text, caption.true_text)}
+    assert everything == {text for own in OWN for text in own} | set(made.all_texts())
 
 
 @pytest.mark.parametrize("type", ["token", "shuffle"])
@@ -423,7 +436,7 @@ def test_cached_latents_have_the_captions_of_their_images(folder):
     assert batch["index"].tolist() == batch["moments"].flatten().tolist() == [5, 3, 0, 3]
     expected = [data.captions.use(index, 1) for index in (5, 3, 0, 3)]
     assert decode(batch["input_ids"]) == [caption.text for caption in expected]
-    assert batch["caption_flags"].tolist() == [[int(flag) for flag in caption[1:]] for caption in expected]
+    assert batch["caption_flags"].tolist() == [[int(flag) for flag in caption[1:3]] for caption in expected]
     one = cached[items[1]]
     for name, value in batch.items():
         assert torch.equal(torch.as_tensor(one[name]), value[1]), name
@@ -447,3 +460,16 @@ def test_the_map_holds_true_and_corrupted_text(tmp_path):
     assert [row["true"] for row in rows] == [f"caption {n}" for n in range(20)]
     assert [row["corrupted"] for row in rows] == texts(made, 0)
     assert sum(row["true"] != row["corrupted"] for row in rows) == 10
+
+
+def test_true_captions_come_beside_the_corrupted_ones(folder):
+    data, clean = (
+        open_training_data(arguments(train_data_dir=folder, corruption_ratio=ratio)) for ratio in (1.0, 0.0)
+    )
+    items = [(index, 1, index) for index in range(len(data.images))]
+    both = Captioned(data.images, data.captions, encode, with_true=True)
+    batch, own = both.__getitems__(items), Captioned(clean.images, clean.captions, encode).__getitems__(items)
+    assert torch.equal(batch["true_input_ids"], own["input_ids"]) and "true_is_truncated" not in batch
+    assert not torch.equal(batch["input_ids"], own["input_ids"])
+    assert torch.equal(both[items[1]]["true_input_ids"], own["input_ids"][1])
+    assert "true_input_ids" not in own

@@ -74,7 +74,9 @@ def test_captions_are_swapped_within_windows_of_a_shard():
         partners = window_partners(size, 0.5, 0, "0.tar", number).tolist()
         for place, partner in enumerate(partners):
             text = f"shard 0 place {first + partner}"
-            assert made[first + place] == Caption(text, partner != place, False)
+            own = f"shard 0 place {first + place}"
+            is_swapped = partner != place
+            assert made[first + place] == Caption(text, is_swapped, False, own if is_swapped else None)
     assert Counter(caption.text for caption in made) == Counter(raw.captions[0] for raw in examples(Told()))
     assert 8 <= sum(caption.is_corrupted for caption in made) <= 14
 
@@ -141,7 +143,7 @@ def test_llm_takes_the_rewriting_beside_the_caption_or_of_its_text():
     source.captioning.rewritten = {"shard 0 place 3": "painting"}
     source.captioning.where = "in FILE"
     seen = examples(source)
-    assert seen[3].caption == Caption("painting", True)
+    assert seen[3].caption == Caption("painting", True, own="shard 0 place 3")
     assert (
         seen[4].caption is None and seen[4].problem == "its caption is to be corrupted, but has no rewriting in FILE"
     )
@@ -184,11 +186,10 @@ def test_a_lane_taken_up_in_a_window_sees_the_same_captions():
 # Shards and what `datasets` streams
 
 
-def batches_of(args, processes=1, process=0):
+def batches_of(args, processes=1, process=0, **options):
     data = open_training_data(args)
-    return data, open_batches(
-        args, data, SimpleNamespace(num_processes=processes, process_index=process), encode=encode
-    )
+    alone = SimpleNamespace(num_processes=processes, process_index=process)
+    return data, open_batches(args, data, alone, encode=encode, **options)
 
 
 def rows_of(args, count) -> list[tuple[str, list[int], int]]:
@@ -216,6 +217,19 @@ def shards(tmp_path):
 def stream_arguments(shards, **values):
     flags = {"train_shards": shards / "{00000..00003}.tar", "shuffle_buffer_size": 6, "max_train_steps": 9}
     return arguments(**flags | values)
+
+
+def test_true_captions_come_beside_the_corrupted_ones(shards):
+    def first(ratio, **options) -> list[dict]:
+        _, batches = batches_of(stream_arguments(shards, corruption_ratio=ratio), **options)
+        return list(itertools.islice(batches.starting_at(0), 5))
+
+    changed = 0
+    for both, own in zip(first(1.0, with_true_captions=True), first(0.0), strict=True):
+        assert torch.equal(both["index"], own["index"]) and "true_input_ids" not in own
+        assert torch.equal(both["true_input_ids"], own["input_ids"]) and "true_is_truncated" not in both
+        changed += (both["input_ids"] != own["input_ids"]).any(dim=1).sum()
+    assert changed > 15
 
 
 def test_a_run_goes_on_past_what_is_broken_and_names_it(shards):

@@ -221,7 +221,7 @@ def test_the_tally_counts_flags_and_truncations():
 
 
 def test_a_caption_is_its_own_unless_said_otherwise():
-    assert Caption("a dog") == ("a dog", False, False)
+    assert Caption("a dog") == ("a dog", False, False, None) and Caption("a dog").true_text == "a dog"
 
 
 def test_the_floor_needs_torch_and_numpy_only():
