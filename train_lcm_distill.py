@@ -101,6 +101,10 @@ class LCMArguments(FirstStageArguments, PerturbationArguments, LoRAArguments, Lo
             self.pretrained_teacher_model is not None,
             "--pretrained_teacher_model is needed: the folder or Hub id of the pipeline to distil.",
         )
+        require(
+            self.teacher_revision is None or not Path(self.pretrained_teacher_model).is_dir(),
+            f"--teacher_revision has no effect on a folder, {self.pretrained_teacher_model}; leave it off.",
+        )
         for name in ("num_ddim_timesteps", "huber_c", "timestep_scaling_factor"):
             value = getattr(self, name)
             require(0 < value < float("inf"), f"--{name} is {value}, but it must be positive.")
@@ -290,7 +294,17 @@ def export(args: LCMArguments, teaching: Teaching, student, run: RunFolder, resu
         card.save(run.path / "README.md")
 
     code = loading(pipeline, args, teaching, run.path, args.pretrained_teacher_model)
-    leave_results(pipeline, args, run, result, write=write, how_to_load=code, evaluation=evaluation, repo_id=repo_id)
+    leave_results(
+        pipeline,
+        args,
+        run,
+        result,
+        write=write,
+        how_to_load=code,
+        evaluation=evaluation,
+        repo_id=repo_id,
+        adapters=args.use_lora,
+    )
 
 
 @one_sentence_errors

@@ -43,6 +43,7 @@ try:
     from noisycond.run_folder import RunFolder, claim
     from noisycond.text_conditional import (
         PromptGridArguments,
+        assembled,
         build,
         cache_texts,
         draw_samples,
@@ -90,6 +91,8 @@ def rehearse(args: TextToImageArguments) -> None:
     with torch.device("meta"):
         denoiser = build(args, model)
     encoders = sum(parameter.numel() for parameter in denoiser.encoder.parameters())
+    if args.cache_text_embeddings:
+        denoiser.encoder.park()
     channels, size = model.preset.latent_channels, args.resolution // model.preset.factor
     facts = {
         "text encoder": f"{encoders:,}, {'trained along' if args.train_text_encoder else 'frozen'} ({of_text})",
@@ -158,8 +161,15 @@ def main(argv: list[str] | None = None) -> None:
         on_main(accelerator, lambda: save_caption_map(data.captions, run.path / "corruption_map.csv"))
     trainer.announce(args, accelerator, data.images, denoiser, batches)
 
-    def pipeline():
-        return model.assemble(denoiser)
+    def look(action):
+        def act(step: int) -> dict | None:
+            with assembled(model, denoiser) as pipeline:
+                return action(pipeline, step)
+
+        return act
+
+    def draw(pipeline, step: int) -> None:
+        draw_samples(pipeline, args, prompts, run.samples / f"step-{step:07d}.png")
 
     tally = CaptionTally()
     result = trainer.fit(
@@ -173,20 +183,15 @@ def main(argv: list[str] | None = None) -> None:
         resume_from=resume_from,
         tallies={"corruption": tally},
         looks=[
-            (
-                lambda step: draw_samples(
-                    model.assemble(denoiser), args, prompts, run.samples / f"step-{step:07d}.png"
-                ),
-                args.validation_steps,
-            ),
-            (evaluation and (lambda step: evaluation(pipeline())), args.eval_steps),
+            (look(draw), args.validation_steps),
+            (look(lambda pipeline, step: evaluation(pipeline)), args.eval_steps),
         ],
         learning_rates={"encoder.": args.text_encoder_learning_rate or args.learning_rate},
     )
     if result.stopped_by is None:
         on_main(
             accelerator,
-            lambda: export(pipeline(), denoiser, args, run, prompts, result, repo_id, evaluation),
+            lambda: export(model.assemble(denoiser), denoiser, args, run, prompts, result, repo_id, evaluation),
         )
     trainer.finish(accelerator, result, run)
 

@@ -20,10 +20,10 @@ from noisycond.data.corruption_map import save_corruption_map
 from noisycond.data.opening import TrainingData, open_batches, open_training_data
 from noisycond.data.streams import require_ids
 from noisycond.denoisers import ConditionalDenoiser
-from noisycond.errors import require
+from noisycond.errors import InputError, require
 from noisycond.evaluation.in_training import TrainingEvaluation
 from noisycond.export import class_pipeline, export_pipeline
-from noisycond.first_stage import FirstStage, open_first_stage, state_hash
+from noisycond.first_stage import FirstStage, open_first_stage, state_hash, taken_from
 from noisycond.pipelines import LDMClassToImagePipeline
 from noisycond.randomness import Purpose
 from noisycond.results import draw_grid, leave_results
@@ -147,7 +147,11 @@ class ClassTeaching(teachers.Teaching):
         self._take(args, source)
         self.data = dry_run.open_what_is_here(args)
         own = args.pretrained_vae_model_name_or_path or args.pretrained_teacher_model
-        first_stage, *latents = dry_run.latents_of(args, source.latents_of(args.resolution), own)
+        try:
+            first_stage, *latents = dry_run.latents_of(args, source.latents_of(args.resolution), own)
+        except InputError:
+            require(args.pretrained_vae_model_name_or_path is not None, cls._lacks_a_first_stage(args))
+            raise
         self.first_stage, self.latents = first_stage, teachers.Latents(*latents)
         self.class_names = dry_run.class_names_of(args, self.data)
         teachers.check_data(source, self.class_names)
@@ -166,11 +170,12 @@ class ClassTeaching(teachers.Teaching):
         """The first stage that the flags name, or else the teacher's own."""
         if args.pretrained_vae_model_name_or_path is not None:
             return open_first_stage(args.pretrained_vae_model_name_or_path, args.seed)
-        require(
-            autoencoder is not None,
-            f"--pretrained_vae_model_name_or_path is needed: {args.pretrained_teacher_model} has no first stage.",
-        )
-        return FirstStage(autoencoder, args.seed)
+        require(autoencoder is not None, ClassTeaching._lacks_a_first_stage(args))
+        return taken_from(autoencoder, dict(autoencoder.config), args.pretrained_teacher_model, args.seed)
+
+    @staticmethod
+    def _lacks_a_first_stage(args) -> str:
+        return f"--pretrained_vae_model_name_or_path is needed: {args.pretrained_teacher_model} has no first stage."
 
     @property
     def facts(self) -> dict:

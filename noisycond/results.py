@@ -53,13 +53,15 @@ def leave_results(
     how_to_load: str,
     evaluation: AtTheEnd | None = None,
     repo_id: str | None = None,
+    adapters: bool = False,
 ) -> None:
     """Writes loss curve, what was counted and what was trained, measures it where that was asked for, says where all
     this lies, and pushes it.
 
     Args:
         args: a training script's, with `hub_private_repo`. write: writes what was trained, and its card, into the
-            run's folder. how_to_load: code. repo_id: where it is pushed to; None pushes nothing.
+            run's folder. how_to_load: code. repo_id: where it is pushed to; None pushes nothing. adapters: whether
+            LoRA weights are left instead of a pipeline.
     """
     with writing(f"--output_dir {run.path}", "the pipeline (its last checkpoint is whole)"):
         pictures.plot_loss(run.read_log(), run.path / "loss.png")
@@ -68,8 +70,10 @@ def leave_results(
         if evaluation is not None:
             evaluation.at_the_end(pipeline, run, result.step)
     print(
-        f"\nSamples: {run.samples / 'final.png'}\nLoss curve: {run.path / 'loss.png'}\nPipeline: {run.path}\n\n"
-        f"Load it where only diffusers is installed:\n\n{textwrap.indent(how_to_load, '    ')}\n"
+        f"\nSamples: {run.samples / 'final.png'}\nLoss curve: {run.path / 'loss.png'}\n"
+        f"{'LoRA weights' if adapters else 'Pipeline'}: {run.path}\n\n"
+        f"Load it where only diffusers{' and peft are' if adapters else ' is'} installed:\n\n"
+        f"{textwrap.indent(how_to_load, '    ')}\n"
     )
     if repo_id is not None:
         hub.push(run.path, repo_id, args.hub_private_repo)

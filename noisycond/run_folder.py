@@ -188,7 +188,7 @@ class RunFolder:
             path = None if value is None else Path(value).expanduser().resolve()
             if path is not None and path.exists() and path.is_relative_to(self.path.resolve()):
                 raise InputError(
-                    f"--overwrite_output_dir would remove what --{name} {value} names; write into another --output_dir."
+                    f"--overwrite_output_dir would remove what --{name} {value} names; name another --output_dir."
                 )
 
     def open(self, args, facts: dict, script: str, resume_from: Path | None = None) -> None:

@@ -236,15 +236,24 @@ def lcm_scheduler(theirs: Mapping, num_ddim_timesteps: int, timestep_scaling: fl
         theirs: the configuration of the teacher's scheduler.
 
     Raises:
-        InputError: --num_ddim_timesteps does not divide the teacher's timesteps.
+        InputError: --num_ddim_timesteps does not divide the teacher's timesteps, or its noise schedule cannot be
+            sampled with.
     """
-    scheduler = LCMScheduler.from_config(
-        theirs,
-        original_inference_steps=num_ddim_timesteps,
-        timestep_scaling=timestep_scaling,
-        clip_sample=False,
-        thresholding=False,
+    require(
+        not theirs.get("rescale_betas_zero_snr"),
+        f"{FLAG}: its scheduler rescales the betas to a signal-to-noise ratio of 0 (rescale_betas_zero_snr), from "
+        "which no path starts; name another teacher.",
     )
+    try:
+        scheduler = LCMScheduler.from_config(
+            theirs,
+            original_inference_steps=num_ddim_timesteps,
+            timestep_scaling=timestep_scaling,
+            clip_sample=False,
+            thresholding=False,
+        )
+    except (NotImplementedError, TypeError, ValueError) as error:
+        raise InputError(f"{FLAG}: an LCMScheduler cannot have its noise schedule ({in_one_line(error)}).") from error
     total = scheduler.config.num_train_timesteps
     require(
         total % num_ddim_timesteps == 0,

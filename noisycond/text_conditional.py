@@ -5,7 +5,8 @@ pipeline, the condition of a batch, what a run leaves behind, and what a text-to
 import copy
 import hashlib
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -298,6 +299,17 @@ def cache_texts(
     return cached
 
 
+@contextmanager
+def assembled(model: TextPipeline | FromScratch, denoiser: ConditionalDenoiser) -> Iterator[DiffusionPipeline]:
+    """Within it, the pipeline with the weights that the denoiser has now. Text encoders that were put aside, which it
+    takes to its device, are put aside again."""
+    try:
+        yield model.assemble(denoiser)
+    finally:
+        if denoiser.encoder.is_parked:
+            denoiser.encoder.park()
+
+
 def draw_samples(pipeline: DiffusionPipeline, args, prompts: list[str], path: Path) -> None:
     """Draws a sample grid, a row per prompt, and saves it as a PNG."""
     per_prompt = args.num_validation_images
@@ -335,6 +347,7 @@ def export(
         how_to_load=_code(pipeline, args, prompts, run.path),
         evaluation=evaluation,
         repo_id=repo_id,
+        adapters=args.use_lora,
     )
 
 

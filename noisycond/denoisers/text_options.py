@@ -1,6 +1,7 @@
 """The flags of a text-conditional model: from scratch or an existing pipeline, text encoder, LoRA, cached texts."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from noisycond.arguments import Arguments, LoRAArguments, flag
 from noisycond.errors import require
@@ -76,6 +77,10 @@ class TextModelArguments(TextCacheArguments, LoRAArguments):
     def _resolve_origin(self) -> None:
         existing = self.pretrained_model_name_or_path is not None
         if existing:
+            require(
+                self.revision is None or not Path(self.pretrained_model_name_or_path).is_dir(),
+                f"--revision has no effect on a folder, {self.pretrained_model_name_or_path}; leave it off.",
+            )
             for name, instead in (
                 ("denoiser", "the pipeline's own is trained"),
                 ("text_encoder", "the pipeline brings its own"),

@@ -18,9 +18,11 @@ from PIL import Image
 from safetensors.torch import load_file
 from shards import captioned, write_captioned_shards, write_one
 from tiny_language_model import tiny_language_model
+from transformers import T5Config, T5EncoderModel
 
 from noisycond import pictures, sampling
 from noisycond.data.sources import Digits
+from noisycond.denoisers.text import open_text_encoder
 from noisycond.pipelines import LDMTextToImagePipeline
 
 
@@ -187,23 +189,57 @@ def test_killed_and_resumed_ends_the_same(tiny_text, tmp_path):
     assert counts(cut) == counts(tmp_path / "straight")
 
 
-def test_a_resumed_run_needs_the_frozen_weights_it_was_trained_with(script, refused, tiny_text, tmp_path):
-    flags = [*tiny_text, "--train_text_encoder", "no", "--learning_rate", "1e-2"]
+def test_a_resumed_run_needs_the_frozen_weights_and_tokens_it_was_trained_with(script, refused, tiny_text, tmp_path):
+    folder = bert_with_weights(tmp_path / "bert", seed=1)
+    flags = [*tiny_text, "--train_text_encoder", "no", "--text_encoder", folder, "--lr_scheduler", "constant"]
     script(SCRIPT, *flags, "--max_train_steps", "3")
-    # Initial weights of an encoder without weights of its own come with the seed.
-    said = refused(SCRIPT, *flags, "--resume_from_checkpoint", "latest", "--text_encoder", other_bert(tmp_path))
-    assert "--resume_from_checkpoint" in said or "text_encoder" in said
+    bert_with_weights(folder, seed=2)
+    assert "frozen was" in refused(SCRIPT, *flags, "--resume_from_checkpoint", "latest")
+    bert_with_weights(folder, seed=1, max_length=5)
+    assert "captions_are_read was" in refused(SCRIPT, *flags, "--resume_from_checkpoint", "latest")
 
 
-def other_bert(folder):
-    """`digits-bert` with weights."""
-    from noisycond.denoisers.text import open_text_encoder
-
-    torch.manual_seed(1)
+def bert_with_weights(folder, seed: int, max_length: int = 24):
+    """`digits-bert` with weights, in this folder."""
+    torch.manual_seed(seed)
     encoder = open_text_encoder("digits-bert", trained=False)
-    encoder.models[0].save_pretrained(folder / "bert")
-    encoder.encode.tokenizers[0].save_pretrained(folder / "bert")
-    return folder / "bert"
+    encoder.models[0].save_pretrained(folder)
+    tokenizer = encoder.encode.tokenizers[0]
+    tokenizer.model_max_length = max_length
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_tied_weights_are_saved_once_and_come_back(script, tiny_text, tmp_path):
+    """T5 reads its embeddings under two names."""
+    torch.manual_seed(0)
+    tokenizer = open_text_encoder("digits-bert", trained=False).encode.tokenizers[0]
+    sizes = {"d_model": 64, "d_kv": 16, "d_ff": 64, "num_layers": 1, "num_heads": 2}
+    T5EncoderModel(T5Config(vocab_size=len(tokenizer), **sizes)).save_pretrained(tmp_path / "t5")
+    tokenizer.save_pretrained(tmp_path / "t5")
+    flags = [*tiny_text, "--text_encoder", tmp_path / "t5", "--checkpointing_steps", "3"]
+    run(script, flags)
+    run(script, flags, "--output_dir", tmp_path / "cut", "--max_train_steps", "3")
+    run(script, flags, "--output_dir", tmp_path / "cut", "--resume_from_checkpoint", "latest")
+    assert losses(tmp_path / "cut") == losses(tmp_path / "run")
+    whole, cut = exported(tmp_path / "run", "bert"), exported(tmp_path / "cut", "bert")
+    assert all(torch.equal(whole[name], cut[name]) for name in whole)
+
+
+def test_what_a_run_starts_from_is_not_overwritten(script, refused, tiny_text, tmp_path):
+    script(SCRIPT, *tiny_text, "--max_train_steps", "2")
+    unet = tmp_path / "run/unet"
+    said = refused(SCRIPT, *tiny_text, "--denoiser", unet, "--overwrite_output_dir")
+    assert f"--overwrite_output_dir would remove what --denoiser {unet} names" in said
+    assert (unet / "config.json").exists()
+
+
+def test_counts_are_logged(script, tiny_text, tmp_path):
+    run(script, tiny_text, "--corruption_ratio", "1.0")
+    rows = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    told = counts(tmp_path / "run")
+    assert told["corrupted_but_still_true"] > 0
+    assert {f"corruption_{name}": value for name, value in told.items()}.items() <= rows[-1].items()
 
 
 @pytest.mark.parametrize(

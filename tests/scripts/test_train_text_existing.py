@@ -110,7 +110,7 @@ def test_lora_loads_as_the_run_says(kind, script, flags, bases, tmp_path, capsys
     script(SCRIPT, *flags(kind, use_lora="yes", rank=2, learning_rate=0.3))
     run, base = tmp_path / "run", bases[kind]
     assert not (run / "model_index.json").exists() and not (run / slot_of(kind)).exists()
-    told = capsys.readouterr().out.split("Load it where only diffusers is installed:")[1]
+    told = capsys.readouterr().out.split("Load it where only diffusers and peft are installed:")[1]
     code = re.sub(r"^    ", "", told, flags=re.MULTILINE)
     place = {}
     exec(code.rsplit("image = ", 1)[0], place)
