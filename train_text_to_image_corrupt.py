@@ -145,7 +145,7 @@ def main(argv: list[str] | None = None) -> None:
         "denoiser": {name: value for name, value in denoiser.backbone.model.config.items() if name[0] != "_"},
         "noise_schedule": noise_schedule,
         "frozen": frozen_fingerprint(denoiser),
-        "captions_are_read": reading(model.text),
+        "tokens": reading(model.text),
     }
     first_stage.to(accelerator.device)
     texts = cache_texts(args, data, denoiser.encoder, accelerator) if args.cache_text_embeddings else model.text

@@ -121,14 +121,15 @@ def cache_key(hashes: np.ndarray, text: TextEncoder) -> dict:
         "format": FORMAT,
         "texts": hashlib.sha256(hashes.tobytes()).hexdigest(),
         "count": len(hashes),
-        **reading(text),
+        "reading": reading(text),
         "encoders": [_model_hash(model) for model in text.encoders],
     }
 
 
-def reading(text: TextEncoder) -> dict:
-    """How captions are read, beside the weights: the tokenizers, and what is taken of the encoders; JSON values."""
-    return {"reading": [type(text).__name__, getattr(text, "zero_null", None)], "tokens": _tokenizer_facts(text)}
+def reading(text: TextEncoder) -> str:
+    """A hash of how captions are read, beside the weights: the tokenizers, and what is taken of the encoders."""
+    told = [type(text).__name__, getattr(text, "zero_null", None), _tokenizer_facts(text)]
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
 
 
 def _tokenizer_facts(text: TextEncoder) -> dict:
