@@ -184,15 +184,25 @@ def kind_of_teacher(name: str, revision: str | None = None) -> str | None:
         InputError: it cannot be a teacher here.
     """
     try:
-        declared = _index(name, revision).get("_class_name")
+        index = _index(name, revision)
     except InputError:
         return None
-    kind = declared[-1] if isinstance(declared, (list, tuple)) else declared
+    kind = _class_name(index)
     require(
         kind in KINDS,
         f"{FLAG} {name}: a {kind} cannot be distilled here, only a U-Net of one condition: {', '.join(KINDS)}.",
     )
     return KINDS[kind]
+
+
+def require_kind(name: str, class_name: str, kind: str) -> None:
+    """Raises InputError unless a pipeline of this class can be a teacher and takes this kind of condition."""
+    require(KINDS.get(class_name) == kind, f"{FLAG} {name}: a {class_name} cannot be distilled here by its {kind}.")
+
+
+def _class_name(index: Mapping) -> str:
+    declared = index.get("_class_name")
+    return declared[-1] if isinstance(declared, (list, tuple)) else declared
 
 
 def require_prediction_type(name: str, prediction_type: str) -> None:
@@ -211,6 +221,7 @@ def find_teacher(name: str, revision: str | None = None) -> TeacherSource:
     """
     at = {} if revision is None else {"revision": revision}
     index = _index(name, revision)
+    require_kind(name, _class_name(index), "class labels")
     try:
         unet = UNet2DConditionModel.load_config(name, subfolder="unet", **at)
         scheduler = LCMScheduler.load_config(name, subfolder="scheduler", **at)

@@ -406,6 +406,7 @@ class TextTeaching(teachers.Teaching):
         }
 
     def _take(self, args, model: TextPipeline, open_other: Callable[[str, int], FirstStage]) -> None:
+        teachers.require_kind(model.name, model.family.pipeline.__name__, "captions")
         self.args, self.model, self.first_stage = args, model, model.first_stage
         self.with_true = args.corruption_ratio > 0 and args.teacher_condition == "clean"
         if args.pretrained_vae_model_name_or_path is not None:
