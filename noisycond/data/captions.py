@@ -21,6 +21,7 @@ from noisycond.captions import (
     Caption,
     CaptionCorruption,
     other_examples,
+    others_of_all,
     swap_partners,
     window_partners,
 )
@@ -37,6 +38,7 @@ from noisycond.randomness import Purpose
 
 logger = logging.getLogger(__name__)
 Encode = Callable[[list[str]], dict[str, torch.Tensor]]
+CHUNK = 256  # captions that are corrupted at once
 SHOWN = 3  # examples without a caption that a message names
 
 
@@ -138,11 +140,11 @@ class Captions:
             return [Caption(self.texts[number]) for number in own]
         if corruption.type == "swap":
             return self._swapped(index, epoch, own)
-        chosen = corruption.chosen(index, epoch).tolist()
         captions = [Caption(self.texts[number]) for number in own]
-        for place, (key, time) in enumerate(zip(index.tolist(), epoch.tolist(), strict=True)):
-            if chosen[place]:
-                captions[place] = self._corrupted(key, own[place], time)
+        chosen = torch.nonzero(corruption.chosen(index, epoch)).flatten()
+        corrupted = self._corrupted(index[chosen], [own[place] for place in chosen], epoch[chosen])
+        for place, caption in zip(chosen.tolist(), corrupted, strict=True):
+            captions[place] = caption
         return captions
 
     def true_texts(self, index: torch.Tensor, epoch: torch.Tensor) -> list[str]:
@@ -183,16 +185,25 @@ class Captions:
         same_class = self.labels is not None and self.labels[index] == self.labels[partner]
         return Caption(theirs, True, bool(same_class) or mine == theirs)
 
-    def _corrupted(self, index: int, number: int, epoch: int) -> Caption:
-        """What `token`, `shuffle` or `llm` make of a chosen example's caption of this number."""
-        corruption, text = self.corruption, self.texts[number]
+    def _corrupted(self, index: torch.Tensor, numbers: list[int], epoch: torch.Tensor) -> list[Caption]:
+        """What `token`, `shuffle` or `llm` make of chosen examples' captions of these numbers; int64 [B], B numbers,
+        int64 [B]."""
+        corruption, texts = self.corruption, [self.texts[number] for number in numbers]
         if corruption.type == "llm":
             assert self.rewritten is not None, "captions are rewritten before they are used"
-            return _changed(text, self._rewriting(number) or text)
+            return [
+                _changed(text, self._rewriting(number) or text) for number, text in zip(numbers, texts, strict=True)
+            ]
         epoch = corruption.epochs(epoch)
-        others = other_examples(len(self), index, key=index, seed=corruption.seed, epoch=epoch)
-        pool = [self.texts[other] for other in self._drawn(torch.tensor(others, dtype=torch.int64), epoch)]
-        return _changed(text, corruption.changed(text, pool, index, epoch))
+        pools: list[list[str]] = [[]] * len(texts)
+        if corruption.type == "token":
+            others = others_of_all(len(self), index, index, corruption.seed, epoch)
+            told = self._drawn(others.flatten(), epoch.repeat_interleave(others.shape[1]))
+            pools = [
+                [self.texts[number] for number in row] for row in torch.tensor(told).reshape(others.shape).tolist()
+            ]
+        new = corruption.changed_all(texts, pools, index, epoch)
+        return [_changed(text, changed) for text, changed in zip(texts, new, strict=True)]
 
     def _candidates(self) -> np.ndarray:
         """The examples that `token`, `shuffle` and `llm` corrupt in any epoch, in order: int64."""
@@ -203,11 +214,13 @@ class Captions:
             return everyone.numpy()
         return everyone[self.corruption.chosen(everyone)].numpy()
 
-    def _numbers_of(self, examples: np.ndarray) -> Iterator[tuple[int, int]]:
-        """These examples' captions: (index, number of the caption)."""
-        for index in examples.tolist():
-            for place in range(int(self.counts[index])):
-                yield index, int(self.first[index]) + place
+    def _numbers_of(self, examples: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+        """These examples' captions, in order: whose each is, and its number; both int64."""
+        examples = torch.from_numpy(examples)
+        counts = self.counts[examples]
+        index = examples.repeat_interleave(counts)
+        places = torch.arange(len(index)) - (counts.cumsum(0) - counts).repeat_interleave(counts)
+        return index, self.first[index] + places
 
     def all_texts(self) -> list[str]:
         """Every text that can come up in any epoch, each once, in a fixed order.
@@ -223,23 +236,27 @@ class Captions:
             "off.",
         )
         always = np.setdiff1d(np.arange(len(self)), candidates) if corruption.mode == "fixed" else np.arange(len(self))
-        texts = {self.texts[number]: None for _, number in self._numbers_of(always)}
+        texts = {self.texts[number]: None for number in self._numbers_of(always)[1].tolist()}
         bar = {"desc": "corrupting captions", "unit": "caption", "delay": 2, "disable": not is_main_process()}
-        for index, number in tqdm(self._numbers_of(candidates), **bar):
-            texts[self._corrupted(index, number, 0).text] = None
+        index, numbers = self._numbers_of(candidates)
+        with tqdm(total=len(index), **bar) as shown:
+            for some, chunk in zip(index.split(CHUNK), numbers.split(CHUNK), strict=True):
+                for caption in self._corrupted(some, chunk.tolist(), torch.zeros_like(some)):
+                    texts[caption.text] = None
+                shown.update(len(some))
         return list(texts)
 
     def texts_to_rewrite(self) -> list[str]:
         """The captions that `llm` may replace, each once, in order: those of the chosen examples, or with `random` of
         all."""
-        return list({self.texts[number]: None for _, number in self._numbers_of(self._candidates())})
+        return list({self.texts[number]: None for number in self._numbers_of(self._candidates())[1].tolist()})
 
     def require_rewritings(self, where: str, name: Callable[[int], str]) -> None:
         """Raises InputError where captions that may be corrupted have no rewriting; names this flag, their count and
         one of them."""
-        missing = [
-            (index, number) for index, number in self._numbers_of(self._candidates()) if not self._rewriting(number)
-        ]
+        index, numbers = self._numbers_of(self._candidates())
+        pairs = zip(index.tolist(), numbers.tolist(), strict=True)
+        missing = [(index, number) for index, number in pairs if not self._rewriting(number)]
         if missing:
             index, number = missing[0]
             raise InputError(
