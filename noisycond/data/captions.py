@@ -30,7 +30,7 @@ from noisycond.data.caption_options import CaptionCorruptionArguments
 from noisycond.data.folder_index import Names
 from noisycond.data.images import BadImages
 from noisycond.data.rewriting import read_rewritings
-from noisycond.data.sources import ImageSource, Subset
+from noisycond.data.sources import NO_UTF8, ImageSource, Subset, is_utf8
 from noisycond.data.streams import Broken, RawExample, StreamSource, stable_key
 from noisycond.errors import InputError, is_main_process, require
 from noisycond.randomness import Purpose
@@ -39,6 +39,7 @@ from noisycond.randomness import Purpose
 logger = logging.getLogger(__name__)
 Encode = Callable[[list[str]], dict[str, torch.Tensor]]
 CHUNK = 256  # captions that are corrupted at once
+NO_CAPTION, BAD_CAPTION = "it has no caption", f"its caption is {NO_UTF8}"
 SHOWN = 3  # examples without a caption that a message names
 
 
@@ -272,41 +273,67 @@ def open_captions(
     bad images.
 
     Raises:
-        InputError: no such column, no text in it, more examples without a caption than --max_bad_images, a file of
-            rewritings that cannot be read, or captions that are chosen for corruption and have no rewriting.
+        InputError: no such column, no text in it, a ratio that rounds to no swapped pair, more examples without a
+            caption than --max_bad_images, a file of rewritings that cannot be read, or captions that are chosen for
+            corruption and have no rewriting.
     """
     captions, rewritten = source.captions(args.caption_column), None
     column, file = (getattr(args, name, None) for name in ("rewritten_caption_column", "rewritten_captions"))
     if column is not None:
         rewritten = source.captions(column, "--rewritten_caption_column")
         pairs = zip(captions, rewritten, strict=True)
-        # Before empty captions go, whose rewritings go with them.
-        rewritten = [[new for old, new in zip(own, _paired(own, new), strict=True) if old] for own, new in pairs]
+        # Before captions of no use go, whose rewritings go with them.
+        rewritten = [
+            [new if is_utf8(new) else "" for old, new in zip(own, _paired(own, new), strict=True) if _is_caption(old)]
+            for own, new in pairs
+        ]
     elif file is not None:
         rewritten = read_rewritings(file)
-    captions = [[text for text in own if text] for own in captions]
-    kept = np.flatnonzero([bool(own) for own in captions])
+    usable = [own if all(map(_is_caption, own)) else list(filter(_is_caption, own)) for own in captions]
+    kept = np.flatnonzero([bool(own) for own in usable])
     if len(kept) < len(captions):
-        _leave_out(np.setdiff1d(np.arange(len(captions)), kept), args.caption_column, source, bad_images)
-        source, captions = Subset(source, kept), [captions[index] for index in kept]
+        missing = np.setdiff1d(np.arange(len(captions)), kept)
+        reasons = {int(index): BAD_CAPTION if any(captions[index]) else NO_CAPTION for index in missing}
+        _leave_out(reasons, args.caption_column, source, bad_images)
+        source, usable = Subset(source, kept), [usable[index] for index in kept]
         rewritten = [rewritten[index] for index in kept] if isinstance(rewritten, list) else rewritten
-    made = Captions(captions, corruption_of(args, mask_word), source.labels if source.class_names else None, rewritten)
+    made = Captions(usable, corruption_of(args, mask_word), source.labels if source.class_names else None, rewritten)
+    _require_a_swap(made)
     if rewritten is not None:
         flag = f"--rewritten_caption_column {column}" if column else f"--rewritten_captions {file}"
         made.require_rewritings(flag, source.name)
     return source, made
 
 
-def _leave_out(missing: np.ndarray, column: str, source: ImageSource, bad_images: BadImages) -> None:
-    """Counts examples without a caption and says so in one sentence."""
-    shown = ", ".join(source.name(int(index)) for index in missing[:SHOWN]) + (", …" if len(missing) > SHOWN else "")
-    what = f"{len(missing)} of {len(source)} examples have no caption in the column {column}: {shown}"
+def _is_caption(text: str) -> bool:
+    return bool(text) and is_utf8(text)
+
+
+def _require_a_swap(captions: Captions) -> None:
+    """Raises InputError where captions are to be swapped, but the ratio of them rounds to no pair."""
+    corruption, size = captions.corruption, len(captions)
+    if corruption.type != "swap" or corruption.ratio == 0 or round(corruption.ratio * size / 2) * min(size - 1, 1):
+        return
+    sentence = f"--corruption_ratio {corruption.ratio} corrupts none of {size} examples"
+    require(size > 1, f"{sentence}: `swap` needs two; add examples, or choose another --corruption_type.")
+    digits = len(str(size)) + 2
+    least = (10**digits // size + 1) / 10**digits  # above 1 / size, half a pair
+    raise InputError(f"{sentence}: `swap` needs a pair, for which {least:.{digits}f} is the least ratio; or say 0.")
+
+
+def _leave_out(reasons: Mapping[int, str], column: str, source: ImageSource, bad_images: BadImages) -> None:
+    """Counts examples without a usable caption, by their index and what is wrong, and says so in one sentence."""
+    names = [source.name(index) for index in reasons]
+    shown = ", ".join(names[:SHOWN]) + (", …" if len(names) > SHOWN else "")
+    unwritable = sum(reason == BAD_CAPTION for reason in reasons.values())
+    which = f" ({unwritable} of them one that is {NO_UTF8})" if unwritable else ""
+    what = f"{len(reasons)} of {len(source)} examples have no caption in the column {column}{which}: {shown}"
     require(
-        len(missing) <= bad_images.limit and len(missing) < len(source),
+        len(reasons) <= bad_images.limit and len(reasons) < len(source),
         f"{what}; --max_bad_images allows {bad_images.limit}. Mend or remove them, or allow more.",
     )
     logger.warning("Left out: %s.", what)
-    bad_images.add([f"{source.name(int(index))} (it has no caption)" for index in missing], quiet=True)
+    bad_images.add([f"{name} ({reason})" for name, reason in zip(names, reasons.values(), strict=True)], quiet=True)
 
 
 def _paired(captions: Sequence[str], rewritten: Sequence[str]) -> list[str]:

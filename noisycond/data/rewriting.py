@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from tqdm import tqdm
 
 from noisycond.data.folder_index import user_cache
+from noisycond.data.sources import is_utf8
 from noisycond.errors import InputError, in_one_line, require, writing
 from noisycond.processes import on_main
 
@@ -26,7 +27,8 @@ BATCH_SIZE = 32
 
 
 def read_rewritings(path: str, flag: str = "--rewritten_captions") -> dict[str, str]:
-    """What captions are rewritten to, by their text, white space at both ends taken off.
+    """What captions are rewritten to, by their text, white space at both ends taken off; "" where that is no text in
+    UTF-8.
 
     Args:
         path: JSON lines {"caption": …, "rewritten": …}; a line of `caption_rewriter` says who made them.
@@ -40,8 +42,9 @@ def read_rewritings(path: str, flag: str = "--rewritten_captions") -> dict[str, 
             for number, line in enumerate(file, 1):
                 row = _row(line)
                 require(row is not None, f"{flag} {path}: line {number} is no JSON with `caption` and `rewritten`.")
-                if "caption" in row:
-                    rewritten[row["caption"].strip()] = row["rewritten"].strip()
+                if "caption" in row and is_utf8(row["caption"]):
+                    new = row["rewritten"].strip()
+                    rewritten[row["caption"].strip()] = new if is_utf8(new) else ""
     except OSError as error:
         raise InputError(f"{flag} {path}: cannot be read ({error.strerror}).") from error
     except UnicodeDecodeError as error:
