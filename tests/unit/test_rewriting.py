@@ -244,5 +244,7 @@ def test_only_chosen_captions_of_the_data_are_rewritten(asked, file, caplog):
 
 def test_without_a_model_nothing_is_rewritten(asked, file):
     args = arguments(dataset_name="digits", max_train_samples=4)
-    rewrite_captions(args, open_training_data(args), file, Accelerator())
+    data = open_training_data(args)
+    assert rewritings_file(args, data).suffix == ".jsonl"  # the scripts ask before they know
+    rewrite_captions(args, data, file, Accelerator())
     assert not asked and not file.exists()
