@@ -6,6 +6,7 @@ batch.
 """
 
 import re
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -22,6 +23,7 @@ CORRUPTION_TYPES = ("swap", "token", "shuffle", "llm")
 TOKEN_OPERATIONS = ("replace", "drop", "mask")
 MASK_WORD = "[MASK]"  # how BERT's tokenizers spell their mask token
 POOLED = 4  # other captions that give words to replace with; one alone often shares its words
+_AROUND = re.compile(r"^\W+|\W+$")
 
 
 class Caption(NamedTuple):
@@ -111,33 +113,51 @@ def corrupt_words(
         Another text; or this one where it cannot be changed so: it has no word, or the pool has no other.
     """
     words = text.split()
+    bits = _word_bits([words], torch.tensor([key]), seed, epoch)[0]
+    return _with_words_corrupted(words, pool, bits, ratio, operation, mask_word) or text
+
+
+def _word_bits(
+    texts: Sequence[list[str]], keys: torch.Tensor, seed: int, epoch: torch.Tensor | int
+) -> list[np.ndarray]:
+    """What the draws for each text's words, n of them, rest on: 2n + 1 words of 32 bits, at least 3."""
+    sizes = [max(2 * len(words) + 1, 3) for words in texts]
+    bits = randomness.random_bits(seed, Purpose.CAPTION_WORDS, keys, max(sizes, default=3), epoch).numpy()
+    return [row[:size] for row, size in zip(bits, sizes, strict=True)]
+
+
+def _with_words_corrupted(
+    words: list[str], pool: Sequence[str], bits: np.ndarray, ratio: float, operation: str, mask_word: str
+) -> str | None:
+    """The text of these words as [`corrupt_words`] leaves it; None where it cannot be changed."""
     if operation == "drop" and len(words) == 1:
-        alone = {"key": key, "ratio": 1.0, "seed": seed, "epoch": epoch, "mask_word": mask_word}
-        replaced = corrupt_words(text, pool, operation="replace", **alone)
-        return replaced if replaced != text else corrupt_words(text, operation="mask", **alone)
-    others = _Pool(pool)
-    possible = [
-        operation == "drop"
-        or (operation == "mask" and _core(word) != _core(mask_word))
-        or (operation == "replace" and others.has_another(word))
-        for word in words
-    ]
-    if not any(possible):
-        return text
-    bits = randomness.random_bits(seed, Purpose.CAPTION_WORDS, torch.tensor([key]), 2 * len(words) + 1, epoch)[0]
-    chosen = (bits[: len(words)] < round(ratio * 2**32)).numpy() & np.array(possible)
-    last = int(bits[-1])
+        replaced = _with_words_corrupted(words, pool, bits, 1.0, "replace", mask_word)
+        changed = replaced is not None and replaced != words[0]
+        return replaced if changed else _with_words_corrupted(words, (), bits, 1.0, "mask", mask_word)
+    if operation == "drop":
+        possible = np.ones(len(words), dtype=bool)
+    else:
+        cores = [_core(word) for word in words]
+        others = _Pool(pool) if operation == "replace" else None
+        unmasked = _core(mask_word)
+        possible = np.array([core != unmasked if others is None else others.has_another(core) for core in cores])
+    if not possible.any():
+        return None
+    chosen = (bits[: len(words)] < round(ratio * 2**32)) & possible
+    last = int(bits[2 * len(words)])
     if not chosen.any():
         places = np.flatnonzero(possible)
         chosen[places[last * len(places) >> 32]] = True
-    if operation == "drop" and chosen.all():
-        chosen[last * len(words) >> 32] = False
     if operation == "drop":
+        if chosen.all():
+            chosen[last * len(words) >> 32] = False
         return " ".join(word for word, is_chosen in zip(words, chosen, strict=True) if not is_chosen)
+    changed_words = list(words)
     for place in np.flatnonzero(chosen):
-        new = mask_word if operation == "mask" else others.another(words[place], int(bits[len(words) + place]))
-        words[place] = _around(words[place], new)
-    return " ".join(words)
+        new = mask_word if others is None else others.another(cores[place], int(bits[len(words) + place]))
+        before, _, after = words[place].partition(cores[place])  # the punctuation around it
+        changed_words[place] = before + new + after
+    return " ".join(changed_words)
 
 
 class _Pool:
@@ -145,37 +165,41 @@ class _Pool:
 
     def __init__(self, texts: Sequence[str]):
         self.words = [core for text in texts for core in map(_core, text.split()) if core]
+        # Of every word, how many others stand before each of its places.
+        self.others_before: dict[str, list[int]] = {}
+        for place, word in enumerate(self.words):
+            own = self.others_before.setdefault(word.lower(), [])
+            own.append(place - len(own))
 
-    def _others(self, word: str) -> list[str]:
-        return [other for other in self.words if other.lower() != _core(word).lower()]
+    def _own(self, core: str) -> list[int]:
+        return self.others_before.get(core.lower(), [])
 
-    def has_another(self, word: str) -> bool:
-        return bool(self._others(word))
+    def has_another(self, core: str) -> bool:
+        return len(self._own(core)) < len(self.words)
 
-    def another(self, word: str, bits: int) -> str:
-        others = self._others(word)
-        return others[bits * len(others) >> 32]
+    def another(self, core: str, bits: int) -> str:
+        own = self._own(core)
+        number = bits * (len(self.words) - len(own)) >> 32
+        return self.words[number + bisect_right(own, number)]
 
 
 def _core(word: str) -> str:
     """A word without the punctuation around it; all of it where it is nothing else."""
-    return re.sub(r"^\W+|\W+$", "", word) or word
-
-
-def _around(word: str, new: str) -> str:
-    """The new word with the punctuation around the old one."""
-    before, core, after = word.partition(_core(word))
-    return before + new + after
+    return word if word.isalnum() else _AROUND.sub("", word) or word
 
 
 def shuffle_words(text: str, *, key: int, seed: int = 0, epoch: int = 0) -> str:
     """The caption's words in a random order that gives another text; itself where it has no two different words.
     Arguments as in [`corrupt_words`]."""
     words = text.split()
+    bits = _word_bits([words], torch.tensor([key]), seed, epoch)[0]
+    return _with_words_shuffled(words, bits) or text
+
+
+def _with_words_shuffled(words: list[str], bits: np.ndarray) -> str | None:
     if len(set(words)) < 2:
-        return text
-    bits = randomness.random_bits(seed, Purpose.CAPTION_WORDS, torch.tensor([key]), len(words), epoch)[0]
-    shuffled = [words[place] for place in np.argsort(bits.numpy(), kind="stable")]
+        return None
+    shuffled = [words[place] for place in np.argsort(bits[: len(words)], kind="stable")]
     if shuffled == words:
         shuffled = words[1:] + words[:1]  # another text, since the words are not all the same
     return " ".join(shuffled)
@@ -184,10 +208,17 @@ def shuffle_words(text: str, *, key: int, seed: int = 0, epoch: int = 0) -> str:
 def other_examples(size: int, place: int, *, key: int, seed: int = 0, epoch: int = 0) -> list[int]:
     """Examples, of `size`, whose captions give words to the one at this place: [`POOLED`] of them, never itself; none
     where there is no other."""
+    return others_of_all(size, torch.tensor([place]), torch.tensor([key]), seed, epoch)[0].tolist()
+
+
+def others_of_all(
+    size: int, places: torch.Tensor, keys: torch.Tensor, seed: int = 0, epoch: torch.Tensor | int = 0
+) -> torch.LongTensor:
+    """As [`other_examples`] for B places and keys, int64 [B]: int64 [B, [`POOLED`]], or [B, 0]."""
     if size < 2:
-        return []
-    bits = randomness.random_bits(seed, Purpose.CAPTION_POOL, torch.tensor([key]), POOLED, epoch)[0]
-    return ((place + 1 + (bits * (size - 1) >> 32)) % size).tolist()
+        return places.new_empty((len(places), 0))
+    bits = randomness.random_bits(seed, Purpose.CAPTION_POOL, keys, POOLED, epoch)
+    return (places[:, None] + 1 + (bits * (size - 1) >> 32)) % size
 
 
 @dataclass(frozen=True)
@@ -235,17 +266,23 @@ class CaptionCorruption:
 
     def changed(self, text: str, pool: Sequence[str], key: int, epoch: int) -> str:
         """The caption as `token` or `shuffle` leave it."""
-        shared = {"key": key, "seed": self.seed, "epoch": self.epochs(epoch)}
-        if self.type == "shuffle":
-            return shuffle_words(text, **shared)
-        return corrupt_words(
-            text,
-            pool,
-            ratio=self.token_ratio,
-            operation=self.token_operation,
-            mask_word=self.mask_word,
-            **shared,
-        )
+        return self.changed_all([text], [pool], torch.tensor([key]), epoch)[0]
+
+    def changed_all(
+        self, texts: Sequence[str], pools: Sequence[Sequence[str]], keys: torch.Tensor, epoch: torch.Tensor | int
+    ) -> list[str]:
+        """As [`changed`] for B texts, each with its pool and key, int64 [B], in an epoch, an int or int64 [B]; the
+        draws of all at once."""
+        words = [text.split() for text in texts]
+        made = []
+        for own, pool, bits in zip(words, pools, _word_bits(words, keys, self.seed, self.epochs(epoch)), strict=True):
+            if self.type == "shuffle":
+                made.append(_with_words_shuffled(own, bits))
+            else:
+                made.append(
+                    _with_words_corrupted(own, pool, bits, self.token_ratio, self.token_operation, self.mask_word)
+                )
+        return [text if new is None else new for text, new in zip(texts, made, strict=True)]
 
 
 class CaptionTally:

@@ -71,7 +71,9 @@ class CaptionCorruptionArguments(Arguments):
     )
     token_ratio: float = flag(0.3, "For `token`: the share of words of a corrupted caption; at least one word.")
     token_operation: Literal[TOKEN_OPERATIONS] = flag(
-        "replace", "For `token`: `replace` by words of other captions, `drop`, or `mask` with the mask word."
+        "replace",
+        "For `token`: `replace` by words of other captions, `drop`, or `mask`: the tokenizer's mask token, or the "
+        "word [MASK] where it has none.",
     )
     rewritten_caption_column: str | None = flag(None, "For `llm`: the dataset's column of rewritten captions.")
     rewritten_captions: str | None = flag(

@@ -21,6 +21,7 @@ from noisycond.captions import (
     Caption,
     CaptionCorruption,
     other_examples,
+    others_of_all,
     swap_partners,
     window_partners,
 )
@@ -29,7 +30,7 @@ from noisycond.data.caption_options import CaptionCorruptionArguments
 from noisycond.data.folder_index import Names
 from noisycond.data.images import BadImages
 from noisycond.data.rewriting import read_rewritings
-from noisycond.data.sources import ImageSource, Subset
+from noisycond.data.sources import NO_UTF8, ImageSource, Subset, is_utf8
 from noisycond.data.streams import Broken, RawExample, StreamSource, stable_key
 from noisycond.errors import InputError, is_main_process, require
 from noisycond.randomness import Purpose
@@ -37,6 +38,8 @@ from noisycond.randomness import Purpose
 
 logger = logging.getLogger(__name__)
 Encode = Callable[[list[str]], dict[str, torch.Tensor]]
+CHUNK = 256  # captions that are corrupted at once
+NO_CAPTION, BAD_CAPTION = "it has no caption", f"its caption is {NO_UTF8}"
 SHOWN = 3  # examples without a caption that a message names
 
 
@@ -138,11 +141,11 @@ class Captions:
             return [Caption(self.texts[number]) for number in own]
         if corruption.type == "swap":
             return self._swapped(index, epoch, own)
-        chosen = corruption.chosen(index, epoch).tolist()
         captions = [Caption(self.texts[number]) for number in own]
-        for place, (key, time) in enumerate(zip(index.tolist(), epoch.tolist(), strict=True)):
-            if chosen[place]:
-                captions[place] = self._corrupted(key, own[place], time)
+        chosen = torch.nonzero(corruption.chosen(index, epoch)).flatten()
+        corrupted = self._corrupted(index[chosen], [own[place] for place in chosen], epoch[chosen])
+        for place, caption in zip(chosen.tolist(), corrupted, strict=True):
+            captions[place] = caption
         return captions
 
     def true_texts(self, index: torch.Tensor, epoch: torch.Tensor) -> list[str]:
@@ -183,16 +186,25 @@ class Captions:
         same_class = self.labels is not None and self.labels[index] == self.labels[partner]
         return Caption(theirs, True, bool(same_class) or mine == theirs, mine)
 
-    def _corrupted(self, index: int, number: int, epoch: int) -> Caption:
-        """What `token`, `shuffle` or `llm` make of a chosen example's caption of this number."""
-        corruption, text = self.corruption, self.texts[number]
+    def _corrupted(self, index: torch.Tensor, numbers: list[int], epoch: torch.Tensor) -> list[Caption]:
+        """What `token`, `shuffle` or `llm` make of chosen examples' captions of these numbers; int64 [B], B numbers,
+        int64 [B]."""
+        corruption, texts = self.corruption, [self.texts[number] for number in numbers]
         if corruption.type == "llm":
             assert self.rewritten is not None, "captions are rewritten before they are used"
-            return _changed(text, self._rewriting(number) or text)
+            return [
+                _changed(text, self._rewriting(number) or text) for number, text in zip(numbers, texts, strict=True)
+            ]
         epoch = corruption.epochs(epoch)
-        others = other_examples(len(self), index, key=index, seed=corruption.seed, epoch=epoch)
-        pool = [self.texts[other] for other in self._drawn(torch.tensor(others, dtype=torch.int64), epoch)]
-        return _changed(text, corruption.changed(text, pool, index, epoch))
+        pools: list[list[str]] = [[]] * len(texts)
+        if corruption.type == "token":
+            others = others_of_all(len(self), index, index, corruption.seed, epoch)
+            told = self._drawn(others.flatten(), epoch.repeat_interleave(others.shape[1]))
+            pools = [
+                [self.texts[number] for number in row] for row in torch.tensor(told).reshape(others.shape).tolist()
+            ]
+        new = corruption.changed_all(texts, pools, index, epoch)
+        return [_changed(text, changed) for text, changed in zip(texts, new, strict=True)]
 
     def _candidates(self) -> np.ndarray:
         """The examples that `token`, `shuffle` and `llm` corrupt in any epoch, in order: int64."""
@@ -203,11 +215,13 @@ class Captions:
             return everyone.numpy()
         return everyone[self.corruption.chosen(everyone)].numpy()
 
-    def _numbers_of(self, examples: np.ndarray) -> Iterator[tuple[int, int]]:
-        """These examples' captions: (index, number of the caption)."""
-        for index in examples.tolist():
-            for place in range(int(self.counts[index])):
-                yield index, int(self.first[index]) + place
+    def _numbers_of(self, examples: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+        """These examples' captions, in order: whose each is, and its number; both int64."""
+        examples = torch.from_numpy(examples)
+        counts = self.counts[examples]
+        index = examples.repeat_interleave(counts)
+        places = torch.arange(len(index)) - (counts.cumsum(0) - counts).repeat_interleave(counts)
+        return index, self.first[index] + places
 
     def all_texts(self, with_true: bool = False) -> list[str]:
         """Every text that can come up in any epoch, each once, in a fixed order.
@@ -228,23 +242,27 @@ class Captions:
         always = np.arange(len(self))
         if corruption.mode == "fixed" and not with_true:
             always = np.setdiff1d(always, candidates)
-        texts = {self.texts[number]: None for _, number in self._numbers_of(always)}
+        texts = {self.texts[number]: None for number in self._numbers_of(always)[1].tolist()}
         bar = {"desc": "corrupting captions", "unit": "caption", "delay": 2, "disable": not is_main_process()}
-        for index, number in tqdm(self._numbers_of(candidates), **bar):
-            texts[self._corrupted(index, number, 0).text] = None
+        index, numbers = self._numbers_of(candidates)
+        with tqdm(total=len(index), **bar) as shown:
+            for some, chunk in zip(index.split(CHUNK), numbers.split(CHUNK), strict=True):
+                for caption in self._corrupted(some, chunk.tolist(), torch.zeros_like(some)):
+                    texts[caption.text] = None
+                shown.update(len(some))
         return list(texts)
 
     def texts_to_rewrite(self) -> list[str]:
         """The captions that `llm` may replace, each once, in order: those of the chosen examples, or with `random` of
         all."""
-        return list({self.texts[number]: None for _, number in self._numbers_of(self._candidates())})
+        return list({self.texts[number]: None for number in self._numbers_of(self._candidates())[1].tolist()})
 
     def require_rewritings(self, where: str, name: Callable[[int], str]) -> None:
         """Raises InputError where captions that may be corrupted have no rewriting; names this flag, their count and
         one of them."""
-        missing = [
-            (index, number) for index, number in self._numbers_of(self._candidates()) if not self._rewriting(number)
-        ]
+        index, numbers = self._numbers_of(self._candidates())
+        pairs = zip(index.tolist(), numbers.tolist(), strict=True)
+        missing = [(index, number) for index, number in pairs if not self._rewriting(number)]
         if missing:
             index, number = missing[0]
             raise InputError(
@@ -260,41 +278,67 @@ def open_captions(
     bad images.
 
     Raises:
-        InputError: no such column, no text in it, more examples without a caption than --max_bad_images, a file of
-            rewritings that cannot be read, or captions that are chosen for corruption and have no rewriting.
+        InputError: no such column, no text in it, a ratio that rounds to no swapped pair, more examples without a
+            caption than --max_bad_images, a file of rewritings that cannot be read, or captions that are chosen for
+            corruption and have no rewriting.
     """
     captions, rewritten = source.captions(args.caption_column), None
     column, file = (getattr(args, name, None) for name in ("rewritten_caption_column", "rewritten_captions"))
     if column is not None:
         rewritten = source.captions(column, "--rewritten_caption_column")
         pairs = zip(captions, rewritten, strict=True)
-        # Before empty captions go, whose rewritings go with them.
-        rewritten = [[new for old, new in zip(own, _paired(own, new), strict=True) if old] for own, new in pairs]
+        # Before captions of no use go, whose rewritings go with them.
+        rewritten = [
+            [new if is_utf8(new) else "" for old, new in zip(own, _paired(own, new), strict=True) if _is_caption(old)]
+            for own, new in pairs
+        ]
     elif file is not None:
         rewritten = read_rewritings(file)
-    captions = [[text for text in own if text] for own in captions]
-    kept = np.flatnonzero([bool(own) for own in captions])
+    usable = [own if all(map(_is_caption, own)) else list(filter(_is_caption, own)) for own in captions]
+    kept = np.flatnonzero([bool(own) for own in usable])
     if len(kept) < len(captions):
-        _leave_out(np.setdiff1d(np.arange(len(captions)), kept), args.caption_column, source, bad_images)
-        source, captions = Subset(source, kept), [captions[index] for index in kept]
+        missing = np.setdiff1d(np.arange(len(captions)), kept)
+        reasons = {int(index): BAD_CAPTION if any(captions[index]) else NO_CAPTION for index in missing}
+        _leave_out(reasons, args.caption_column, source, bad_images)
+        source, usable = Subset(source, kept), [usable[index] for index in kept]
         rewritten = [rewritten[index] for index in kept] if isinstance(rewritten, list) else rewritten
-    made = Captions(captions, corruption_of(args, mask_word), source.labels if source.class_names else None, rewritten)
+    made = Captions(usable, corruption_of(args, mask_word), source.labels if source.class_names else None, rewritten)
+    _require_a_swap(made)
     if rewritten is not None:
         flag = f"--rewritten_caption_column {column}" if column else f"--rewritten_captions {file}"
         made.require_rewritings(flag, source.name)
     return source, made
 
 
-def _leave_out(missing: np.ndarray, column: str, source: ImageSource, bad_images: BadImages) -> None:
-    """Counts examples without a caption and says so in one sentence."""
-    shown = ", ".join(source.name(int(index)) for index in missing[:SHOWN]) + (", …" if len(missing) > SHOWN else "")
-    what = f"{len(missing)} of {len(source)} examples have no caption in the column {column}: {shown}"
+def _is_caption(text: str) -> bool:
+    return bool(text) and is_utf8(text)
+
+
+def _require_a_swap(captions: Captions) -> None:
+    """Raises InputError where captions are to be swapped, but the ratio of them rounds to no pair."""
+    corruption, size = captions.corruption, len(captions)
+    if corruption.type != "swap" or corruption.ratio == 0 or round(corruption.ratio * size / 2) * min(size - 1, 1):
+        return
+    sentence = f"--corruption_ratio {corruption.ratio} corrupts none of {size} examples"
+    require(size > 1, f"{sentence}: `swap` needs two; add examples, or choose another --corruption_type.")
+    digits = len(str(size)) + 2
+    least = (10**digits // size + 1) / 10**digits  # above 1 / size, half a pair
+    raise InputError(f"{sentence}: `swap` needs a pair, for which {least:.{digits}f} is the least ratio; or say 0.")
+
+
+def _leave_out(reasons: Mapping[int, str], column: str, source: ImageSource, bad_images: BadImages) -> None:
+    """Counts examples without a usable caption, by their index and what is wrong, and says so in one sentence."""
+    names = [source.name(index) for index in reasons]
+    shown = ", ".join(names[:SHOWN]) + (", …" if len(names) > SHOWN else "")
+    unwritable = sum(reason == BAD_CAPTION for reason in reasons.values())
+    which = f" ({unwritable} of them one that is {NO_UTF8})" if unwritable else ""
+    what = f"{len(reasons)} of {len(source)} examples have no caption in the column {column}{which}: {shown}"
     require(
-        len(missing) <= bad_images.limit and len(missing) < len(source),
+        len(reasons) <= bad_images.limit and len(reasons) < len(source),
         f"{what}; --max_bad_images allows {bad_images.limit}. Mend or remove them, or allow more.",
     )
     logger.warning("Left out: %s.", what)
-    bad_images.add([f"{source.name(int(index))} (it has no caption)" for index in missing], quiet=True)
+    bad_images.add([f"{name} ({reason})" for name, reason in zip(names, reasons.values(), strict=True)], quiet=True)
 
 
 def _paired(captions: Sequence[str], rewritten: Sequence[str]) -> list[str]:

@@ -6,7 +6,8 @@ A source knows its labels without opening an image, so that label corruption and
 import hashlib
 import io
 import json
-from collections.abc import Sequence
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +15,13 @@ from PIL import Image
 
 from noisycond import randomness
 from noisycond.data.caption_options import CaptionDataArguments
-from noisycond.data.folder_index import open_folder, size_and_time
+from noisycond.data.folder_index import Names, open_folder, size_and_time
 from noisycond.errors import InputError, closest, in_one_line, require
 from noisycond.randomness import Purpose
+
+
+NO_UTF8 = "no text in UTF-8"
+SHOWN = 60  # characters of a wrong value that a message shows
 
 
 class ImageSource:
@@ -49,8 +54,8 @@ class ImageSource:
         raise NotImplementedError
 
     def captions(self, column: str, option: str = "--caption_column") -> list[list[str]]:
-        """The captions of each image as they are stored in this column, "" where one is missing. Raises InputError,
-        which names this option, where there is no such column or it holds no text."""
+        """The captions of each image as they are stored in this column, "" where one is missing; see [`is_utf8`].
+        Raises InputError, which names this option, where there is no such column or it holds no text."""
         raise InputError(f"{option} {column}: this kind of data has no captions.")
 
 
@@ -66,14 +71,24 @@ def stored_texts(value: object) -> list[str]:
             try:
                 text = text.decode("utf-8")
             except UnicodeDecodeError:
-                raise ValueError("its caption is no text in UTF-8") from None
+                raise ValueError(f"its caption is {NO_UTF8}") from None
         if not isinstance(text, (str, type(None))):
-            raise ValueError(f"its caption is {text!r}, not text")
+            shown = str(text) if isinstance(text, (bool, int, float)) else f"of type {type(text).__name__}"
+            raise ValueError(f"its caption is {shown}, not text")
         texts.append((text or "").strip())
     return texts
 
 
-def _texts_of_column(option: str, column: str, values: Sequence[object]) -> list[list[str]]:
+def is_utf8(text: str) -> bool:
+    """Whether a text can be written: not one with half of a surrogate pair, which JSON can spell."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _texts_of_column(option: str, column: str, values: Iterable[object]) -> list[list[str]]:
     try:
         return [stored_texts(value) for value in values]
     except ValueError as error:
@@ -160,75 +175,133 @@ class MetadataFolder(ImageSource):
     FILE = "metadata.jsonl"
 
     def __init__(self, root: str, label_column: str | None = None):
-        self.root = Path(root)
-        self.rows = self._read()
-        found = [size_and_time(self.name(index)) for index in range(len(self.rows))]
+        self.root, self.path = Path(root), Path(root) / self.FILE
+        # Packed as they come, and other columns when they are asked for: as Python objects millions of lines take
+        # gigabytes.
+        content, ends, labels, keys = bytearray(), array("q"), [], {}
+        same: dict[object, object] = {}
+        for number, row in self._rows():
+            content += self._checked(row["file_name"], number)
+            ends.append(len(content))
+            keys |= dict.fromkeys(row)
+            if label_column is not None:
+                label = self._label(label_column, row.get(label_column), number)
+                labels.append(same.setdefault(label, label))
+        self.keys = list(keys)
+        self.names = _Utf8Names(np.frombuffer(content, dtype=np.uint8), np.frombuffer(ends, dtype=np.int64))
+        found = [size_and_time(self.name(index)) for index in range(len(self.names))]
         if label_column is None:
-            self.labels, self.class_names = np.zeros(len(self.rows), dtype=np.int64), []
+            self.labels, self.class_names = np.zeros(len(self.names), dtype=np.int64), []
         else:
-            self.labels, self.class_names = _numbered(
-                label_column, self._values("--label_column", label_column), "what stands there"
-            )
-        content = hashlib.sha256()
-        for row, (size, _) in zip(self.rows, found, strict=True):
-            content.update(f"{row['file_name']}\0{size}\0{row.get(label_column)}\n".encode())
-        self.fingerprint = content.hexdigest()
+            self._require_key("--label_column", label_column)
+            self.labels, self.class_names = _numbered(label_column, labels, "what stands there")
+        hashed = hashlib.sha256()
+        for index, (size, _) in enumerate(found):
+            hashed.update(f"{self.names[index]}\0{size}\0{labels[index] if labels else None}\n".encode())
+        self.fingerprint = hashed.hexdigest()
         self.version = hashlib.sha256(repr([modified for _, modified in found]).encode()).hexdigest()
 
-    def _read(self) -> list[dict]:
-        path = self.root / self.FILE
-        rows = []
+    def _rows(self) -> Iterator[tuple[int, dict]]:
+        """The lines of the file that are not empty, with their numbers."""
+        number = 0
         try:
-            with path.open(encoding="utf-8") as file:
+            with self.path.open(encoding="utf-8") as file:
                 for number, line in enumerate(file, 1):
                     if not line.strip():
                         continue
                     row = json.loads(line)
                     if not isinstance(row, dict) or not isinstance(row.get("file_name"), str):
                         raise ValueError(f"line {number} is no JSON object with a `file_name`")
-                    rows.append(row)
+                    yield number, row
+        except InputError:
+            raise
         except OSError as error:
             raise InputError(
                 f"--train_data_dir {self.root}: its {self.FILE}, which holds the captions, cannot be read "
                 f"({error.strerror})."
             ) from error
         except json.JSONDecodeError as error:
-            raise InputError(f"--train_data_dir {path}: line {number} is no JSON ({error.msg}).") from error
-        except ValueError as error:
-            raise InputError(f"--train_data_dir {path}: {in_one_line(error)}.") from error
-        return rows
-
-    def _values(self, option: str, key: str) -> list[object]:
-        """What stands under a key, None where a line has none. Raises InputError where no line has it."""
-        known = {name: None for row in self.rows for name in row}
-        if self.rows and key not in known:
+            raise InputError(f"--train_data_dir {self.path}: line {number} is no JSON ({error.msg}).") from error
+        except UnicodeDecodeError as error:
             raise InputError(
-                f"{option} {key}: the lines of {self.root / self.FILE} have the keys {', '.join(known)}"
-                f"{closest(key, known)}."
-            )
-        return [row.get(key) for row in self.rows]
+                f"--train_data_dir {self.path}: {NO_UTF8} after line {number} ({error.reason})."
+            ) from error
+        except RecursionError as error:
+            raise InputError(f"--train_data_dir {self.path}: line {number} is nested too deeply.") from error
+        except ValueError as error:
+            raise InputError(f"--train_data_dir {self.path}: {in_one_line(error)}.") from error
+
+    def _checked(self, file_name: str, number: int) -> bytes:
+        sentence = f"--train_data_dir {self.path}: the `file_name` in line {number}, {ascii(file_name)}, names no file"
+        require("\0" not in file_name, f"{sentence}: it holds a NUL character.")
+        require(is_utf8(file_name), f"{sentence}: it is {NO_UTF8} (half of a surrogate pair).")
+        return file_name.encode("utf-8")
+
+    def _label(self, column: str, label: object, number: int) -> int | str | None:
+        is_label = label is None or (isinstance(label, (int, str)) and not isinstance(label, bool))
+        require(
+            is_label and (not isinstance(label, str) or is_utf8(label)),
+            f"--label_column {column}: expected class labels (integers or names), but line {number} of {self.path} "
+            f"has {_shortened(ascii(label))}.",
+        )
+        return label
+
+    def _require_key(self, option: str, key: str) -> None:
+        require(
+            not len(self.names) or key in self.keys,
+            f"{option} {key}: the lines of {self.path} have the keys {', '.join(self.keys)}{closest(key, self.keys)}.",
+        )
 
     def read(self, index: int, resolution: int) -> Image.Image:
         with Image.open(self.name(index)) as image:
             return image.convert("RGB")
 
     def name(self, index: int) -> str:
-        return str(self.root / self.rows[index]["file_name"])
+        return str(self.root / self.names[index])
 
     def captions(self, column: str, option: str = "--caption_column") -> list[list[str]]:
-        return _texts_of_column(option, column, self._values(option, column))
+        self._require_key(option, column)
+        captions: list[list[str]] = []
+        for number, row in self._rows():
+            is_known = len(captions) < len(self.names) and row["file_name"] == self.names[len(captions)]
+            require(is_known, f"--train_data_dir {self.path}: it changed while it was read.")
+            try:
+                captions.append(stored_texts(row.get(column)))
+            except ValueError as error:
+                raise InputError(
+                    f"{option} {column}: expected captions, each a text or a list of texts (line {number} of "
+                    f"{self.path}: {error})."
+                ) from error
+        require(len(captions) == len(self.names), f"--train_data_dir {self.path}: it changed while it was read.")
+        return captions
 
 
-def _numbered(column: str, values: list[object], kind: object) -> tuple[np.ndarray, list[str]]:
+class _Utf8Names(Names):
+    """Names as they stand in a text file in UTF-8, whatever the encoding of the file system."""
+
+    def decoded(self, name: bytes) -> str:
+        return name.decode("utf-8")
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}…"
+
+
+def _numbered(column: str, values: Sequence[object], kind: object) -> tuple[np.ndarray, list[str]]:
     """Labels that are integers or names, as numbers [N] int64 of the sorted ones, and their names."""
     missing = next((place for place, value in enumerate(values) if value is None), None)
     if missing is not None:
         raise InputError(f"--label_column {column}: example {missing} has no label; leave such examples out.")
-    array = np.asarray(values)
-    if array.dtype.kind not in "iuUS" or array.ndim != 1:
-        raise InputError(f"--label_column {column}: expected class labels (integers or names), not {kind}.")
-    names, labels = np.unique(array, return_inverse=True)
-    return labels.astype(np.int64), [str(name) for name in names]
+    refused = f"--label_column {column}: expected class labels (integers or names), not {kind}."
+    require(not any(isinstance(value, (list, tuple, dict, np.ndarray)) for value in values), refused)
+    # An array of all values would hold each name as often, and as wide as the longest.
+    places: dict[tuple[type, object], int] = {}
+    numbers = (places.setdefault((type(value), value), len(places)) for value in values)
+    order = np.fromiter(numbers, dtype=np.int64, count=len(values))
+    distinct = np.asarray([value for _, value in places])
+    require(not len(values) or (distinct.dtype.kind in "iuUS" and distinct.ndim == 1), refused)
+    names, labels = np.unique(distinct, return_inverse=True)
+    return labels.astype(np.int64)[order], [str(name) for name in names]
 
 
 class HuggingFaceDataset(ImageSource):
@@ -310,6 +383,8 @@ class HuggingFaceDataset(ImageSource):
 
     def captions(self, column: str, option: str = "--caption_column") -> list[list[str]]:
         self._require_column(self.dataset, option, column)
+        # A column of images would be read whole before its first value is refused.
+        _texts_of_column(option, column, self.dataset.select_columns([column])[:1][column])
         return _texts_of_column(option, column, self.dataset.select_columns([column])[:][column])
 
 

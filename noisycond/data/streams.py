@@ -27,7 +27,7 @@ from PIL import Image
 from noisycond.arguments import StreamArguments
 from noisycond.captions import Caption
 from noisycond.data.shard_names import redacted, shard_name
-from noisycond.data.sources import read_class_names, stored_texts
+from noisycond.data.sources import NO_UTF8, is_utf8, read_class_names, stored_texts
 from noisycond.errors import InputError, closest, in_one_line, require
 
 
@@ -36,6 +36,7 @@ SHARDS_PEEKED = 8  # shards whose ids are compared then
 COMPARED = 8  # examples whose content tells one WebDataset from another of the same file names
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff", "ppm", "pgm", "gif")
 COMPRESSED = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ": lzma.open}  # by how a file begins
+TEXT = {"text": "txt"}  # the extension that a column also stands for
 BLOCK = 512  # bytes, the unit of a tar
 
 
@@ -128,7 +129,9 @@ def _fetch(path: str) -> bytes:
 
 def stable_key(name: str) -> int:
     """A key in [0, 2^63) for the draws of what goes by this name: its blake2b hash."""
-    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little") >> 1
+    return (
+        int.from_bytes(hashlib.blake2b(name.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little") >> 1
+    )
 
 
 def label_number(value: object, class_names: list[str]) -> int:
@@ -198,6 +201,30 @@ class WebDatasetShards(StreamSource):
         self.image_column, self.label_column = image_column, label_column
         self.caption_column, self.rewritten_column = caption_column, rewritten_column
         self.fingerprint = self._fingerprint()
+        self._require_columns()
+
+    def _require_columns(self) -> None:
+        """Raises InputError where none of the first examples has the column of captions, or of rewritten ones."""
+        asked = {"--caption_column": self.caption_column, "--rewritten_caption_column": self.rewritten_column}
+        missing = {option: column for option, column in asked.items() if column is not None}
+        count, known = 0, {}
+        for shard in range(min(SHARDS_PEEKED, len(self.shards))):
+            if not missing:
+                return
+            with closing(self._samples(shard)) as items:
+                for raw, sample in islice(items, PEEKED):
+                    if isinstance(raw, Broken):
+                        continue
+                    count, fields = count + 1, _Fields(sample)
+                    missing = {option: column for option, column in missing.items() if not fields.has(column, TEXT)}
+                    known |= dict.fromkeys(fields.names())
+                    if not missing:
+                        return
+        for option, column in missing.items() if count else ():
+            raise InputError(
+                f"{option} {column}: none of the first {count} examples of --train_shards has it; they have the "
+                f"extensions and fields of `json` {', '.join(known) or 'none'}{closest(column, known)}."
+            )
 
     def _fingerprint(self) -> str:
         """A hash of the shards' names, their sizes where they are files, and the first examples of one."""
@@ -213,6 +240,12 @@ class WebDatasetShards(StreamSource):
         return content.hexdigest()
 
     def read(self, shard: int) -> Iterator[RawExample | Broken]:
+        with closing(self._samples(shard)) as items:
+            for item, _ in items:
+                yield item
+
+    def _samples(self, shard: int) -> Iterator[tuple[RawExample | Broken, dict]]:
+        """The items of a shard, each with what `webdataset` made of its files."""
         # Two seconds of imports, for those who need them.
         from webdataset.tariterators import group_by_keys, tar_file_expander, url_opener
 
@@ -222,7 +255,7 @@ class WebDatasetShards(StreamSource):
             problems.append(_reason(error))
             return True
 
-        count, last = 0, None
+        count, last = 0, None  # the last example and its files
         for opened in url_opener([{"url": self.urls[shard]}], handler=note):
             stream = opened["stream"]
             try:
@@ -231,7 +264,7 @@ class WebDatasetShards(StreamSource):
                     if last is not None:
                         yield last
                         count += 1
-                    last = self._raw(sample, self.shards[shard])
+                    last = self._raw(sample, self.shards[shard]), sample
                 if not problems and not tar.ended_well():
                     problems.append("it ends without the end mark of a tar file, or a header within is damaged")
                 while not problems and stream.read(1 << 20):  # who is still writing into a pipe would fail
@@ -242,11 +275,11 @@ class WebDatasetShards(StreamSource):
             finally:
                 with suppress(OSError):
                     stream.close()
-        if last is not None and (not problems or last.problem is None):  # a break may have cut it in two
+        if last is not None and (not problems or last[0].problem is None):  # a break may have cut it in two
             yield last
             count += 1
         if problems:
-            yield Broken(f"the shard {self.shards[shard]} after {count} examples ({problems[0]})")
+            yield Broken(f"the shard {self.shards[shard]} after {count} examples ({problems[0]})"), {}
 
     def _raw(self, sample: dict, shard: str) -> RawExample:
         key = f"{shard}/{sample['__key__']}"
@@ -265,13 +298,21 @@ class WebDatasetShards(StreamSource):
             captions, rewritten = self._texts(fields, self.caption_column), self._texts(fields, self.rewritten_column)
             if self.caption_column is not None and not any(captions):
                 problem = problem or f"its caption is empty or missing: its files are {files}"
+            captions, rewritten = _writable(captions), _writable(rewritten)
+            if self.caption_column is not None and not any(captions):
+                problem = problem or f"its caption is {NO_UTF8}"
         except ValueError as error:
             problem = problem or str(error)
         return RawExample(key, key, image, label, problem, captions, rewritten)
 
     @staticmethod
     def _texts(fields: "_Fields", column: str | None) -> tuple[str, ...]:
-        return () if column is None else tuple(stored_texts(fields.get(column, {"text": "txt"})))
+        return () if column is None else tuple(stored_texts(fields.get(column, TEXT)))
+
+
+def _writable(texts: tuple[str, ...]) -> tuple[str, ...]:
+    """The texts, each in its place, without those that cannot be written in UTF-8."""
+    return tuple(text if is_utf8(text) else "" for text in texts)
 
 
 class _Fields:
@@ -286,12 +327,26 @@ class _Fields:
         for extension in (column, also[column]) if column in also else (column,):
             if extension in self.sample:
                 return self.sample[extension]
+        return self._of_json().get(column)
+
+    def _of_json(self) -> dict:
         if self.json is None:
             try:
                 self.json = json.loads(self.sample["json"]) if "json" in self.sample else {}
             except ValueError as error:
                 raise ValueError(f"its json cannot be read: {_reason(error)}") from error
-        return self.json.get(column) if isinstance(self.json, dict) else None
+        return self.json if isinstance(self.json, dict) else {}
+
+    def names(self) -> list[str]:
+        """Extensions and fields; of a `json` that cannot be read the extension alone."""
+        names = [name for name in self.sample if not name.startswith("__")]
+        with suppress(ValueError):
+            names += self._of_json()
+        return names
+
+    def has(self, column: str, also: dict[str, str]) -> bool:
+        """Whether there is a file or field that [`get`] gives, be it empty."""
+        return not {column, also.get(column, column)}.isdisjoint(self.names())
 
 
 class _TarStream:
@@ -361,7 +416,7 @@ def _content(examples: list[RawExample]) -> bytes:
         image = raw.image if isinstance(raw.image, bytes) else b""
         texts = "".join(f"\0{text}" for text in (*raw.captions, *raw.rewritten))
         lines.append(f"{raw.id}\0{raw.label}\0{hashlib.sha256(image).hexdigest()}{texts}\n")
-    return "".join(lines).encode()
+    return "".join(lines).encode("utf-8", "surrogatepass")
 
 
 class HubStream(StreamSource):
@@ -460,6 +515,9 @@ class HubStream(StreamSource):
             captions, rewritten = self._texts(row, self.caption_column), self._texts(row, self.rewritten_column)
             if self.caption_column is not None and not any(captions):
                 problem = "its caption is empty or missing"
+            captions, rewritten = _writable(captions), _writable(rewritten)
+            if self.caption_column is not None and not any(captions):
+                problem = problem or f"its caption is {NO_UTF8}"
         except ValueError as error:
             problem = str(error)
         return RawExample(name, None if stable is None else str(stable), image, label, problem, captions, rewritten)

@@ -132,16 +132,19 @@ def reading(text: TextEncoder) -> str:
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
 
 
+def tokenizer_hash(tokenizer) -> str:
+    """A hash of a tokenizer's vocabulary, its rules and how it pads."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    rules = {} if backend is None else json.loads(backend.to_str())
+    # What the last call was padded and truncated to is no part of the tokenizer.
+    rules = {name: value for name, value in rules.items() if name not in ("padding", "truncation")}
+    known = [sorted(tokenizer.get_vocab().items()), tokenizer.pad_token_id, tokenizer.padding_side, rules]
+    return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
+
+
 def _tokenizer_facts(text: TextEncoder) -> dict:
     encode = text.encode
-    facts = []
-    for tokenizer in encode.tokenizers:
-        backend = getattr(tokenizer, "backend_tokenizer", None)
-        rules = {} if backend is None else json.loads(backend.to_str())
-        # What the last call was padded and truncated to is no part of the tokenizer.
-        rules = {name: value for name, value in rules.items() if name not in ("padding", "truncation")}
-        known = [sorted(tokenizer.get_vocab().items()), tokenizer.pad_token_id, tokenizer.padding_side, rules]
-        facts.append(hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest())
+    facts = [tokenizer_hash(tokenizer) for tokenizer in encode.tokenizers]
     prepare = None if encode.prepare is None else encode.prepare.__qualname__
     return {"tokenizers": facts, "max_lengths": list(encode.max_lengths), "masked": encode.masked, "prepare": prepare}
 

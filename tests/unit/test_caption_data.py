@@ -4,6 +4,7 @@ import csv
 import itertools
 import json
 import logging
+import tracemalloc
 from collections import Counter
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -21,7 +22,7 @@ from noisycond.data.captions import Captioned, Captions
 from noisycond.data.corruption_map import save_caption_map
 from noisycond.data.latent_cache import CachedLatents
 from noisycond.data.opening import open_batches, open_training_data
-from noisycond.data.sources import Digits, MetadataFolder
+from noisycond.data.sources import Digits, MetadataFolder, _numbered
 from noisycond.errors import InputError
 
 
@@ -324,6 +325,53 @@ def test_rewritings_come_from_a_file(folder, tmp_path):
         open_training_data(arguments(**wanted, rewritten_captions=file))
 
 
+def write_metadata(folder, rows) -> None:
+    """An image and a line for each row, which JSON spells in ASCII."""
+    for number, row in enumerate(rows):
+        Image.new("RGB", (8, 8), (number, 0, 0)).save(folder / f"{number}.png")
+        rows[number] = {"file_name": f"{number}.png"} | row
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+
+
+def test_half_of_a_surrogate_pair_is_a_broken_caption(tmp_path, caplog):
+    write_metadata(tmp_path, [{"text": "half \ud83d"}, {"text": "one"}, {"text": ["\ud83d", "two"]}, {"text": ""}])
+    with caplog.at_level(logging.WARNING):
+        data = open_training_data(arguments(train_data_dir=tmp_path))
+    assert {(row["red"], row["text"]) for row in shown(data)} == {(1, "one"), (2, "two")}
+    [warning] = [record.getMessage() for record in caplog.records]
+    assert "2 of 4 examples have no caption in the column text (1 of them one that is no text in UTF-8)" in warning
+    assert "0.png" in warning and any("0.png (its caption is no" in name for name in data.bad_images.names)
+    with pytest.raises(InputError, match="--max_bad_images allows 1"):
+        open_training_data(arguments(train_data_dir=tmp_path, max_bad_images=1))
+
+
+def test_half_of_a_surrogate_pair_is_no_rewriting(tmp_path):
+    write_metadata(tmp_path, [{"text": "one", "new": "\ud83d"}, {"text": "two", "new": "new"}])
+    values = {"train_data_dir": tmp_path, "corruption_type": "llm", "corruption_ratio": 1.0}
+    lines = [{"caption": "one", "rewritten": "\ud83d"}, {"caption": "two", "rewritten": "a"}]
+    (tmp_path / "new.jsonl").write_text("\n".join(map(json.dumps, [*lines, {"caption": "\ud83d", "rewritten": "a"}])))
+    for ways in ({"rewritten_caption_column": "new"}, {"rewritten_captions": tmp_path / "new.jsonl"}):
+        with pytest.raises(InputError, match="1 captions that are chosen .* have no rewriting, for example 'one'"):
+            open_training_data(arguments(**values, **ways))
+
+
+@pytest.mark.parametrize(("size", "ratio", "least"), [(32, 0.025, "0.0313"), (8, 0.1, "0.126"), (3, 0.33, "0.334")])
+def test_a_ratio_that_rounds_to_no_pair_is_refused(size, ratio, least):
+    values = {"dataset_name": "digits", "max_train_samples": size}
+    with pytest.raises(InputError) as caught:
+        open_training_data(arguments(**values, corruption_ratio=ratio))
+    for words in (f"--corruption_ratio {ratio} corrupts none of {size} examples", f" {least} is the least ratio"):
+        assert words in str(caught.value)
+    made = open_training_data(arguments(**values, corruption_ratio=least)).captions
+    assert sum(caption.is_corrupted for caption in used(made, 0)) == 2
+    open_training_data(arguments(**values, corruption_ratio=ratio, corruption_type="shuffle"))
+
+
+def test_a_single_example_cannot_be_swapped():
+    with pytest.raises(InputError, match="--corruption_ratio 1.0 corrupts none of 1 examples: `swap` needs two"):
+        open_training_data(arguments(dataset_name="digits", max_train_samples=1, corruption_ratio=1.0))
+
+
 @pytest.mark.parametrize(
     ("values", "words"),
     [
@@ -354,6 +402,49 @@ def test_a_damaged_line_is_named(tmp_path, line, words):
     assert words in str(caught.value) and "metadata.jsonl" in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ({"file_name": "a\0.png"}, ["line 2", "'a\\x00.png'", "NUL"]),
+        ({"file_name": "a\ud83d.png"}, ["line 2", "'a\\ud83d.png'", "no text in UTF-8"]),
+        ({"file_name": "b.png", "kind": ["x", "y"]}, ["--label_column kind", "line 2", "['x', 'y']"]),
+        ({"file_name": "b.png", "kind": "\ud83d"}, ["--label_column kind", "line 2", "'\\ud83d'"]),
+        ({"file_name": "b.png", "kind": True}, ["--label_column kind", "line 2", "True"]),
+    ],
+)
+def test_a_line_that_cannot_be_used_is_named(tmp_path, row, words):
+    rows = [{"file_name": "a.png", "kind": "x"}, row]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(InputError) as caught:
+        MetadataFolder(str(tmp_path), "kind")
+    assert "metadata.jsonl" in str(caught.value) and all(word in str(caught.value) for word in words), caught.value
+
+
+def test_lists_of_labels_of_unequal_length_are_refused():
+    for values in ([["a"], ["a", "b"]], [["a"], ["b"]], [1.5, 2.5], [{"a": 1}]):
+        with pytest.raises(InputError, match="--label_column kind: expected class labels .* not this"):
+            _numbered("kind", values, "this")
+    labels, names = _numbered("kind", [3, 10, 3], "this")
+    assert labels.tolist() == [0, 1, 0] and names == ["3", "10"]
+
+
+def test_a_folder_of_metadata_holds_no_column_it_was_not_asked_for(tmp_path):
+    rows = [{"file_name": f"{n:05}.png", "text": f"caption {n}", "more": "x" * 1000} for n in range(2000)]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    MetadataFolder(str(tmp_path))
+    tracemalloc.start()
+    try:
+        source = MetadataFolder(str(tmp_path))
+        held, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert held < 2000 * 100 and source.captions("text")[1999] == ["caption 1999"]
+    assert source.name(7).endswith("00007.png")
+    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows[1:])))
+    with pytest.raises(InputError, match="changed while it was read"):
+        source.captions("text")
+
+
 def test_a_folder_without_metadata_is_named(tmp_path):
     with pytest.raises(InputError, match="its metadata.jsonl, which holds the captions, cannot be read"):
         open_training_data(arguments(train_data_dir=tmp_path))
@@ -363,6 +454,16 @@ def test_a_caption_that_is_no_text_is_named(tmp_path):
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "text": 3}\n')
     with pytest.raises(InputError, match="--caption_column text: expected captions.*3, not text"):
         open_training_data(arguments(train_data_dir=tmp_path))
+
+
+def test_a_value_that_is_no_text_is_named_by_its_type(tmp_path):
+    images = [Image.new("RGB", (8, 8), (number, 0, 0)) for number in range(2)]
+    features = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")})
+    rows = {"image": images, "text": ["a", "b"]}
+    datasets.Dataset.from_dict(rows, features=features).save_to_disk(str(tmp_path / "saved"))
+    with pytest.raises(InputError) as caught:
+        open_training_data(arguments(dataset_name=tmp_path / "saved", caption_column="image"))
+    assert "its caption is of type dict, not text" in str(caught.value) and "PNG" not in str(caught.value)
 
 
 def test_a_dataset_with_lists_of_captions(tmp_path):
@@ -399,7 +500,7 @@ def test_a_resumed_run_must_share_captions_and_corruption(folder):
 
     assert facts() == facts() and facts().keys() >= {"dataset", "examples", "captions", "caption_corruption"}
     assert facts()["captions"] != facts(caption_column="new")["captions"]
-    assert facts()["caption_corruption"] != facts(corruption_ratio=0.1)["caption_corruption"]
+    assert facts()["caption_corruption"] != facts(corruption_ratio=0.5)["caption_corruption"]
 
 
 @dataclass

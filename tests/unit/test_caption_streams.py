@@ -297,6 +297,38 @@ def test_workers_change_nothing(tmp_path):
     assert alone == helped
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_half_of_a_surrogate_pair_is_a_broken_caption(tmp_path, workers):
+    good = captioned(Digits("train"), 1)
+    half = {"png": good["png"], "json": json.dumps({"text": "half \ud83d", "cls": "\ud83d"}).encode()}
+    write_one(tmp_path / "00000.tar", [half, *[good] * 4])
+    args = stream_arguments(tmp_path, train_shards=tmp_path / "00000.tar", dataloader_num_workers=workers)
+    _, batches = batches_of(args)
+    found = list(itertools.islice(batches.starting_at(0), 2))
+    assert "00000.tar/0000 (its caption is no text in UTF-8)" in [
+        name for each in found for name in each["bad_images"]
+    ]
+    assert all("half" not in text for each in found for text in decode(each["input_ids"]))
+
+
+@pytest.mark.parametrize("option", ["caption_column", "rewritten_caption_column"])
+def test_a_column_that_shards_do_not_have_is_named(tmp_path, option):
+    write_captioned_shards(tmp_path, [3, 3])
+    values = {"corruption_type": "llm", "corruption_ratio": 0.5, "rewritten_caption_column": "new"}
+    args = stream_arguments(tmp_path, train_shards=tmp_path / "{00000..00001}.tar", **values | {option: "captoin"})
+    with pytest.raises(InputError) as caught:
+        open_training_data(args)
+    for words in (f"--{option} captoin: none of the first 6 examples", "png, txt", "new", "did you mean 'caption'"):
+        assert words in str(caught.value), caught.value
+
+
+def test_a_column_of_a_later_example_will_do(tmp_path):
+    write_one(tmp_path / "00000.tar", [{"png": png(0)}] * 5)
+    write_one(tmp_path / "00001.tar", [{"png": png(0)}] * 5 + [captioned(Digits("train"), 1)])
+    data = open_training_data(stream_arguments(tmp_path, train_shards=tmp_path / "{00000..00001}.tar"))
+    assert len(data.source.shards) == 2
+
+
 def test_too_many_without_a_caption_end_the_run(tmp_path):
     write_one(tmp_path / "00000.tar", [{"png": png(0)}] * 5 + [captioned(Digits("train"), 1)] * 5)
     args = stream_arguments(tmp_path, train_shards=tmp_path / "00000.tar", max_bad_images=2)

@@ -1,5 +1,6 @@
 """Corruption of captions: what is swapped, which words change, on text that one can read."""
 
+import hashlib
 import subprocess
 import sys
 from collections import Counter
@@ -7,13 +8,14 @@ from collections import Counter
 import pytest
 import torch
 
-from noisycond import randomness
+from noisycond import captions, randomness
 from noisycond.captions import (
     Caption,
     CaptionCorruption,
     CaptionTally,
     corrupt_words,
     other_examples,
+    others_of_all,
     shuffle_words,
     swap_partners,
     window_partners,
@@ -98,6 +100,46 @@ def test_replacing_every_word_leaves_none():
     for key in range(50):
         new = changed("replace", "the red sea", 1.0, ("the red sea at night",), key=key).split()
         assert len(new) == 3 and all(a != b for a, b in zip(new, ["the", "red", "sea"], strict=True))
+
+
+def test_what_is_drawn_stays_as_it_was():
+    """Values of the first implementation: runs that go on, and cached embeddings, rest on them."""
+    text = "A small dog, brown and wet, runs home: (a DOG!) -- 'tis über Straße ... ok"
+    pool = ("two red Dogs over the sea", "an old clock, a DOG; a dog", "!!! über A b c", "Straße STRASSE home.")
+    assert [changed("replace", text, 0.5, pool, key=key) for key in range(3)] == [
+        "A small Straße, brown and over, runs home: (a over!) -- 'tis home Straße ... an",
+        "DOG small clock, brown Straße wet, runs Dogs: (a DOG!) red 'tis a over a ok",
+        "dog small clock, STRASSE red red, runs over: (a DOG!) -- 'home über dog DOG ok",
+    ]
+    made = [
+        changed(operation, told, ratio, pool, key=key, seed=key % 3, epoch=key % 2)
+        for operation in ("replace", "drop", "mask")
+        for key in range(40)
+        for ratio in (0.1, 0.5, 1.0)
+        for told in (text, "dog", "...", "a dog a dog")
+    ]
+    expected = "46cbebe03515d1ec693e274664982e8eb32f1aed02b584b5c134e128d4497db7"
+    assert hashlib.sha256("\n".join(made).encode()).hexdigest() == expected
+
+
+def test_replacing_takes_time_in_proportion_to_the_words(monkeypatch):
+    looked_at = []
+    core = captions._core
+    monkeypatch.setattr(captions, "_core", lambda word: looked_at.append(word) or core(word))
+    words = " ".join(f"word{place}," for place in range(100))
+    changed("replace", words, 0.5, (words,) * 4)
+    assert len(looked_at) <= 501
+
+
+@pytest.mark.parametrize("type", ["token", "shuffle"])
+def test_all_at_once_are_as_one_by_one(type):
+    corruption = CaptionCorruption(0.2, type, "random")
+    texts, keys, epochs = [TEXT, "dog", "a wet dog"], torch.tensor([3, 9, 4]), torch.tensor([0, 2, 1])
+    alone = [corruption.changed(texts[n], POOL, int(keys[n]), int(epochs[n])) for n in range(3)]
+    assert corruption.changed_all(texts, [POOL] * 3, keys, epochs) == alone
+    shared = {"seed": 0, "epoch": 0}
+    several = others_of_all(9, torch.arange(9), keys[:1].expand(9), **shared).tolist()
+    assert several == [other_examples(9, place, key=3, **shared) for place in range(9)]
 
 
 def test_dropped_words_leave_the_others_in_order():

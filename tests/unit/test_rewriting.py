@@ -11,7 +11,7 @@ from tiny_language_model import tiny_language_model
 
 from noisycond.data import rewriting
 from noisycond.data.opening import open_training_data
-from noisycond.data.rewriting import CaptionRewriter, read_rewritings, rewrite, rewrite_captions
+from noisycond.data.rewriting import CaptionRewriter, read_rewritings, rewrite, rewrite_captions, rewritings_file
 from noisycond.errors import InputError
 
 
@@ -30,13 +30,19 @@ def file(tmp_path):
 
 
 @pytest.fixture
-def asked(monkeypatch) -> list[list[str]]:
+def weights() -> dict[str, str]:
+    """What tells the weights of models of these names, where it is not the name."""
+    return {}
+
+
+@pytest.fixture
+def asked(monkeypatch, weights) -> list[list[str]]:
     """The batches that models were asked for; each word of an answer is followed by an exclamation mark."""
     batches = []
 
     class Exclaiming:
         def __init__(self, name, device):
-            pass
+            self.facts = {"weights": weights.get(name, name)}
 
         def __call__(self, captions):
             batches.append(list(captions))
@@ -121,12 +127,86 @@ def test_what_is_done_is_not_done_again(asked, file):
     assert whole["the digit 7"] == "the! digit! 7" and [len(batch) for batch in asked] == [4, 4, 2]
     content = file.read_text()
     assert rewrite(TEXTS, "some/model", file, accelerator) == whole and len(asked) == 3
-    # Killed while it wrote the second batch: the torn line and its batch are written again.
+    # Killed while it wrote the second batch: the torn line is written again, and what came after.
     file.write_text(content[: content.index("digit 5")])
     asked.clear()
     assert rewrite(TEXTS, "some/model", file, accelerator) == whole
-    assert asked == [TEXTS[4:8], TEXTS[8:]]
+    assert asked == [TEXTS[5:9], TEXTS[9:]]
     assert rewrite(TEXTS[:2] + ["new"], "some/model", file, accelerator)["new"] == "new"
+
+
+def test_what_is_kept_is_not_asked_for_again_nor_replaced(asked, file):
+    accelerator = Accelerator()
+    rewrite(TEXTS[:3], "some/model", file, accelerator)
+    line = json.dumps({"caption": TEXTS[1], "rewritten": "another answer"}) + "\n"
+    file.write_text(file.read_text() + line)
+    asked.clear()
+    made = rewrite(TEXTS[:6], "some/model", file, accelerator)
+    assert asked == [TEXTS[3:6]] and made[TEXTS[1]] == "the! digit! 1"
+
+
+def test_a_caption_may_hold_what_divides_lines_elsewhere(asked, file):
+    texts = ["one\u2028two", "three\x85four", "five\x1csix", "seven eight"]
+    for _ in range(2):
+        assert rewrite(texts, "some/model", file, Accelerator()).keys() == set(texts)
+    assert len(asked) == 1
+
+
+def test_a_run_waits_for_another_and_takes_what_it_made(asked, file, monkeypatch):
+    monkeypatch.setattr(rewriting, "TURN", 0.01)
+    other = rewriting._work(TEXTS[:6], "some/model", file, "cpu")
+    assert next(other) and len(asked) == 1
+    own = rewriting._work(TEXTS, "some/model", file, "cpu")
+    assert next(own) and next(own) and len(asked) == 1
+    assert list(other) == [True] and len(asked) == 2
+    assert list(own) == [True] and asked[2:] == [TEXTS[6:]]
+    assert rewrite(TEXTS, "some/model", file, Accelerator()).keys() == set(TEXTS) and len(asked) == 3
+    assert not list(file.parent.glob("*.tmp"))
+
+
+def test_a_file_that_was_changed_meanwhile_is_named(asked, file, monkeypatch):
+    work = rewriting._work
+
+    def robbed(*arguments):
+        yield from work(*arguments)
+        file.write_text("".join(file.read_text().splitlines(keepends=True)[:-2]))
+
+    monkeypatch.setattr(rewriting, "_work", robbed)
+    with pytest.raises(InputError, match="2 of 10 captions are missing in .*; start again"):
+        rewrite(TEXTS, "some/model", file, Accelerator())
+
+
+def test_a_file_of_other_weights_is_refused_and_the_same_by_another_name_is_not(asked, file, weights):
+    weights |= {"some/model": "a", "./model": "a"}
+    rewrite(TEXTS[:1], "some/model", file, Accelerator())
+    assert rewrite(TEXTS[:1], "./model", file, Accelerator())
+    weights["some/model"] = "b"
+    with pytest.raises(InputError, match="--caption_rewriter some/model: .* other weights of it"):
+        rewrite(TEXTS[:1], "some/model", file, Accelerator())
+
+
+def test_facts_tell_weights_and_tokenizers_apart(model, tmp_path):
+    first = CaptionRewriter(model)
+    assert first.facts == CaptionRewriter(model).facts and first.facts.keys() == {"weights", "tokenizer", "settings"}
+    first.model.get_input_embeddings().weight.data[0] += 1
+    first.tokenizer.add_tokens(["kite"])
+    first.model.save_pretrained(tmp_path)
+    first.tokenizer.save_pretrained(tmp_path)
+    second = CaptionRewriter(str(tmp_path))
+    assert second.facts["weights"] != first.facts["weights"] and second.facts["tokenizer"] != first.facts["tokenizer"]
+
+
+def test_a_relative_folder_has_a_file_of_its_own(tmp_path, monkeypatch):
+    args = arguments(dataset_name="digits", max_train_samples=4, corruption_type="llm", caption_rewriter="model")
+    data, files = open_training_data(args), []
+    for folder in ("a", "b"):
+        (tmp_path / folder / "model").mkdir(parents=True)
+        monkeypatch.chdir(tmp_path / folder)
+        files.append(rewritings_file(args, data))
+    monkeypatch.chdir(tmp_path)
+    assert len({*files, rewritings_file(args, data)}) == 3
+    args.caption_rewriter = str(tmp_path / "a" / "model")
+    assert rewritings_file(args, data) == files[0]
 
 
 def test_a_file_of_another_model_is_refused(asked, file):
@@ -164,5 +244,7 @@ def test_only_chosen_captions_of_the_data_are_rewritten(asked, file, caplog):
 
 def test_without_a_model_nothing_is_rewritten(asked, file):
     args = arguments(dataset_name="digits", max_train_samples=4)
-    rewrite_captions(args, open_training_data(args), file, Accelerator())
+    data = open_training_data(args)
+    assert rewritings_file(args, data).suffix == ".jsonl"  # the scripts ask before they know
+    rewrite_captions(args, data, file, Accelerator())
     assert not asked and not file.exists()
