@@ -15,10 +15,11 @@ import diffusers
 import torch
 from diffusers import DiffusionPipeline, DiTTransformer2DModel, LCMScheduler
 from PIL import Image
+from safetensors import SafetensorError
 from tqdm import tqdm
 
 from noisycond import randomness
-from noisycond.errors import InputError, closest, require
+from noisycond.errors import InputError, closest, in_one_line, require
 from noisycond.first_stage import state_hash
 from noisycond.pipelines import LDMClassToImagePipeline, LDMTextToImagePipeline, OriginalDiTPipeline
 from noisycond.randomness import Purpose
@@ -214,9 +215,8 @@ def open_pipeline(name_or_path: str, trust_remote_code: bool = False) -> Diffusi
         left_out = _safety_checker_left_out(name_or_path)
         with _without_the_note_on_id2label():
             pipeline = kind.from_pretrained(name_or_path, trust_remote_code=trust_remote_code, **left_out)
-    except (OSError, ValueError, KeyError) as error:
-        reason = " ".join(str(error).split())
-        raise InputError(f"--pipeline {name_or_path}: diffusers cannot open it ({reason}).") from error
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise InputError(f"--pipeline {name_or_path}: diffusers cannot open it ({in_one_line(error)}).") from error
     _refuse_other_conditions(pipeline, name_or_path)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline

@@ -93,6 +93,13 @@ def test_what_draws_from_more_than_a_prompt_is_refused(folders, tmp_path):
         sampling.open_pipeline(str(tmp_path / "x"))
 
 
+def test_a_truncated_text_encoder_is_one_sentence(tmp_path):
+    weights = tiny_text_pipeline(tmp_path / "x") / "text_encoder/model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(InputError, match="--pipeline .*x: diffusers cannot open it .*incomplete metadata"):
+        sampling.open_pipeline(str(tmp_path / "x"))
+
+
 def test_schedulers_and_steps_that_a_consistency_model_does_not_take_are_refused(folders):
     pipeline = sampling.open_pipeline(str(folders["lcm"]))
     with pytest.raises(InputError, match="--scheduler DDIMScheduler: .* samples by LCMScheduler alone"):
