@@ -45,12 +45,12 @@ def random_labels(count: int, num_classes: int, seed: int) -> torch.LongTensor:
     return randomness.randint(seed, Purpose.SAMPLED_CLASS, torch.arange(count), num_classes)
 
 
-def takes_prompts(pipeline: DiffusionPipeline) -> bool:
-    """Whether a pipeline draws from prompts, and not from class labels."""
+def takes_prompts(pipeline: DiffusionPipeline | type[DiffusionPipeline]) -> bool:
+    """Whether a pipeline, or those of a class, draws from prompts, and not from class labels."""
     return "prompt" in _parameters(pipeline)
 
 
-def _parameters(pipeline: DiffusionPipeline) -> set[str]:
+def _parameters(pipeline: DiffusionPipeline | type[DiffusionPipeline]) -> set[str]:
     return set(inspect.signature(pipeline.__call__).parameters)
 
 
@@ -210,16 +210,39 @@ def open_pipeline(name_or_path: str, trust_remote_code: bool = False) -> Diffusi
     Raises:
         InputError: there is none, or it takes neither class labels nor prompts alone.
     """
-    try:
+    with _opening(name_or_path):
         kind = OWN_PIPELINES.get(pipeline_class_name(name_or_path), DiffusionPipeline)
         left_out = _safety_checker_left_out(name_or_path)
         with _without_the_note_on_id2label():
             pipeline = kind.from_pretrained(name_or_path, trust_remote_code=trust_remote_code, **left_out)
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise InputError(f"--pipeline {name_or_path}: diffusers cannot open it ({in_one_line(error)}).") from error
-    _refuse_other_conditions(pipeline, name_or_path)
+    _refuse_other_conditions(type(pipeline), name_or_path)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def declared_class(name_or_path: str) -> type | None:
+    """The class that a folder's or Hub id's index declares; None where that is not known before its code is run.
+
+    Raises:
+        InputError: there is no index, it is damaged, or the class takes neither class labels nor prompts alone.
+    """
+    with _opening(name_or_path):
+        name = pipeline_class_name(name_or_path)
+        is_of_diffusers = isinstance(DiffusionPipeline.load_config(name_or_path).get("_class_name"), str)
+    kind = OWN_PIPELINES.get(name) or (getattr(diffusers, name, None) if is_of_diffusers else None)
+    if not (isinstance(kind, type) and issubclass(kind, DiffusionPipeline)):
+        return None
+    _refuse_other_conditions(kind, name_or_path)
+    return kind
+
+
+@contextmanager
+def _opening(name_or_path: str):
+    """A context in which what diffusers cannot open becomes an InputError."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise InputError(f"--pipeline {name_or_path}: diffusers cannot open it ({in_one_line(error)}).") from error
 
 
 def _safety_checker_left_out(name_or_path: str) -> dict:
@@ -239,8 +262,8 @@ def _say_that_it_is_left_out(name_or_path: str) -> None:
     )
 
 
-def _refuse_other_conditions(pipeline: DiffusionPipeline, name_or_path: str) -> None:
-    said, takes = f"--pipeline {name_or_path}: a {type(pipeline).__name__}", _parameters(pipeline)
+def _refuse_other_conditions(kind: type[DiffusionPipeline], name_or_path: str) -> None:
+    said, takes = f"--pipeline {name_or_path}: a {kind.__name__}", _parameters(kind)
     if "class_labels" in takes:
         return
     require("prompt" in takes, f"{said} does not take class labels, nor prompts.")

@@ -1,5 +1,6 @@
 """Pipelines that draw from prompts: what is opened, what is refused and why, and what an image depends on."""
 
+import json
 import logging
 
 import numpy as np
@@ -91,6 +92,20 @@ def test_what_draws_from_more_than_a_prompt_is_refused(folders, tmp_path):
     StableDiffusionImg2ImgPipeline.from_pretrained(folders["sd"]).save_pretrained(tmp_path / "x")
     with pytest.raises(InputError, match="Img2ImgPipeline draws no images from prompts alone: .*`image`"):
         sampling.open_pipeline(str(tmp_path / "x"))
+    with pytest.raises(InputError, match="Img2ImgPipeline draws no images from prompts alone: .*`image`"):
+        sampling.declared_class(str(tmp_path / "x"))
+
+
+def test_the_declared_class_is_that_of_the_index_where_it_is_known(folders, tmp_path):
+    assert sampling.declared_class(str(folders["lcm"])) is LatentConsistencyModelPipeline
+    for declared, known in (
+        (["anything", "LDMTextToImagePipeline"], LDMTextToImagePipeline),
+        (["pipeline", "StableDiffusionPipeline"], None),  # the folder's own, not that of diffusers
+        ("NoPipeline", None),
+        (None, None),
+    ):
+        (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": declared}))
+        assert sampling.declared_class(str(tmp_path)) is known
 
 
 def test_a_truncated_text_encoder_is_one_sentence(tmp_path):
