@@ -29,6 +29,9 @@ logger = logging.getLogger(__name__)
 OWN_PIPELINES = {
     kind.__name__: kind for kind in (LDMClassToImagePipeline, LDMTextToImagePipeline, OriginalDiTPipeline)
 }
+# What pipelines read of their scheduler beside its timesteps, and what they give to its `step`.
+USED_BY_PIPELINES = ("init_noise_sigma", "scale_model_input", "step")
+STEP = ("model_output", "timestep", "sample")
 # What a text-to-image pipeline is called with here.
 TEXT_TO_IMAGE = ("prompt", "guidance_scale", "num_inference_steps", "generator")
 # Arguments that show that a pipeline which takes a prompt draws from more than that, or draws no images.
@@ -302,16 +305,54 @@ def set_scheduler(pipeline: DiffusionPipeline, name: str) -> None:
     """Swaps in another scheduler of diffusers by its class name, with the noise schedule of the present one.
 
     Raises:
-        InputError: diffusers has no such scheduler, or the pipeline takes no other than its own.
+        InputError: diffusers has no such scheduler, it cannot stand in for the present one, or the pipeline takes no
+            other than its own.
     """
-    known = [entry for entry in dir(diffusers) if entry.endswith("Scheduler")]
+    said, known = f"--scheduler {name}", [entry for entry in dir(diffusers) if entry.endswith("Scheduler")]
     if name not in known:
-        raise InputError(f"--scheduler {name}: diffusers has no such scheduler{closest(name, known)}.")
+        raise InputError(f"{said}: diffusers has no such scheduler{closest(name, known)}.")
     require(
-        name == LCMScheduler.__name__ or "original_inference_steps" not in _parameters(pipeline),
-        f"--scheduler {name}: a {type(pipeline).__name__} samples by {LCMScheduler.__name__} alone; leave it off.",
+        name == LCMScheduler.__name__ or not _is_consistency_model(pipeline),
+        f"{said}: a {type(pipeline).__name__} of a latent consistency model samples by {LCMScheduler.__name__} alone; "
+        "leave it off.",
     )
-    pipeline.scheduler = getattr(diffusers, name).from_config(pipeline.scheduler.config)
+    try:
+        scheduler = getattr(diffusers, name).from_config(pipeline.scheduler.config)
+    except (AttributeError, ImportError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise InputError(f"{said}: it cannot be made from the pipeline's own ({in_one_line(error)}).") from error
+    _refuse_other_use(scheduler, pipeline.scheduler, said)
+    pipeline.scheduler = scheduler
+
+
+def _is_consistency_model(pipeline: DiffusionPipeline) -> bool:
+    """Whether a pipeline's model was distilled for a few steps: its own call, or its U-Net, which reads an embedding
+    of the guidance scale (Section 4.2 of arXiv:2310.04378), tells."""
+    unet = getattr(pipeline, "unet", None)
+    embeds_guidance = unet is not None and unet.config.get("time_cond_proj_dim") is not None
+    return embeds_guidance or "original_inference_steps" in _parameters(pipeline)
+
+
+def _refuse_other_use(scheduler, present, said: str) -> None:
+    """Raises InputError for a scheduler that pipelines cannot call as they call the present one, or that would not
+    keep its noise schedule."""
+    lacking = [name for name in USED_BY_PIPELINES if hasattr(present, name) and not hasattr(scheduler, name)]
+    require(
+        not lacking,
+        f"{said}: it cannot stand in for the pipeline's {type(present).__name__}: it has no "
+        f"`{lacking[0] if lacking else ''}`.",
+    )
+    needed = [
+        parameter.name
+        for parameter in inspect.signature(scheduler.step).parameters.values()
+        if parameter.default is parameter.empty and parameter.kind is parameter.POSITIONAL_OR_KEYWORD
+    ]
+    more = [name for name in needed if name not in STEP]
+    require(not more, f"{said}: its steps need more than a pipeline gives (`{more[0] if more else ''}`).")
+    keeps_schedule = "beta_schedule" in inspect.signature(type(scheduler).__init__).parameters
+    require(
+        keeps_schedule or "beta_schedule" not in present.config,
+        f"{said}: it cannot take the noise schedule of the pipeline's {type(present).__name__}.",
+    )
 
 
 def is_consistency_sampler(scheduler) -> bool:
@@ -321,12 +362,23 @@ def is_consistency_sampler(scheduler) -> bool:
 
 
 def check_steps(pipeline: DiffusionPipeline, num_inference_steps: int) -> None:
-    """Raises InputError where a consistency model is asked for more steps than it was distilled from."""
-    most = pipeline.scheduler.config.get("original_inference_steps")
+    """Raises InputError where a consistency model is asked for more steps than it was distilled from, or any other
+    for more than it has timesteps."""
+    scheduler = pipeline.scheduler
+    said, config = f"--num_inference_steps is {num_inference_steps}, but {type(scheduler).__name__}", scheduler.config
+    most = config.get("original_inference_steps") if is_consistency_sampler(scheduler) else None
     require(
-        not is_consistency_sampler(pipeline.scheduler) or most is None or num_inference_steps <= most,
-        f"--num_inference_steps is {num_inference_steps}, but {type(pipeline.scheduler).__name__} takes at most "
-        f"{most} here (its original_inference_steps).",
+        most is None or num_inference_steps <= most,
+        f"{said} takes at most {most} here (its original_inference_steps).",
+    )
+    timesteps = config.get("num_train_timesteps")
+    if timesteps is None:
+        return
+    # Spaced from the first on, they begin at the offset.
+    most = timesteps - (config.get("steps_offset", 0) if config.get("timestep_spacing") == "leading" else 0)
+    require(
+        num_inference_steps <= most,
+        f"{said} takes at most {most} here (num_train_timesteps {timesteps}, steps_offset {timesteps - most}).",
     )
 
 

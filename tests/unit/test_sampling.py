@@ -9,6 +9,7 @@ import text_pipelines
 import torch
 from diffusers import LatentConsistencyModelPipeline, StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
 from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
+from diffusers.utils import is_torchsde_available
 from released_layout import write_text_ldm
 from tiny_models import tiny_text_pipeline
 from transformers import CLIPConfig, CLIPImageProcessor
@@ -123,12 +124,60 @@ def test_schedulers_and_steps_that_a_consistency_model_does_not_take_are_refused
         sampling.check_steps(pipeline, 51)
     sampling.check_steps(pipeline, 50)
     other = sampling.open_pipeline(str(folders["sd"]))
-    sampling.check_steps(other, 500)
+    sampling.check_steps(other, 999)
+    sampling.sample(other, ["a cat"], [0], **SETTINGS)
+    for steps in (1000, 2000):  # with an offset of 1 the last of 1000 steps would be beyond the noise schedule
+        with pytest.raises(InputError, match=f"_steps is {steps}, but DDIMScheduler takes at most 999 .*_offset 1"):
+            sampling.check_steps(other, steps)
     sampling.set_scheduler(other, "LCMScheduler")
     with pytest.raises(InputError, match="--num_inference_steps is 51"):
         sampling.check_steps(other, 51)
     sampling.set_scheduler(other, "DDIMScheduler")
     sampling.check_steps(other, 500)
+
+
+@pytest.mark.parametrize(
+    "name, words",
+    [
+        (
+            "FlowMatchEulerDiscreteScheduler",
+            "cannot stand in for the pipeline's DDIMScheduler: it has no `init_noise_sigma`",
+        ),
+        ("ScoreSdeVeScheduler", "it has no `step`"),
+        ("KarrasVeScheduler", "its steps need more than a pipeline gives .`sigma_hat`"),
+        ("CogVideoXDPMScheduler", "its steps need more than a pipeline gives .`old_pred_original_sample`"),
+        ("VQDiffusionScheduler", "it cannot be made from the pipeline's own .*num_vec_classes"),
+        ("DPMSolverSDEScheduler", "it cannot be made .*requires the torchsde library"),  # needs torchsde
+        ("EDMEulerScheduler", "cannot take the noise schedule of the pipeline's DDIMScheduler"),
+        ("DDPMWuerstchenScheduler", "cannot take the noise schedule"),
+    ],
+)
+def test_schedulers_that_cannot_stand_in_are_refused(folders, name, words):
+    if name == "DPMSolverSDEScheduler" and is_torchsde_available():
+        pytest.skip("torchsde is installed")
+    pipeline = sampling.open_pipeline(str(folders["sd"]))
+    own = pipeline.scheduler
+    with pytest.raises(InputError, match=f"^--scheduler {name}: .*{words}"):
+        sampling.set_scheduler(pipeline, name)
+    assert pipeline.scheduler is own
+
+
+@pytest.mark.parametrize(
+    "name", ["LMSDiscreteScheduler", "EulerAncestralDiscreteScheduler", "PNDMScheduler", "TCDScheduler"]
+)
+def test_schedulers_of_the_same_noise_schedule_stand_in(folders, name):
+    pipeline = sampling.open_pipeline(str(folders["sd"]))
+    sampling.set_scheduler(pipeline, name)
+    assert pipeline.scheduler.config.beta_schedule == "scaled_linear"
+
+
+def test_a_model_that_embeds_the_guidance_scale_samples_as_it_was_distilled(tmp_path):
+    pipeline = StableDiffusionPipeline.from_pretrained(
+        tiny_text_pipeline(tmp_path / "x", LatentConsistencyModelPipeline)
+    )
+    with pytest.raises(InputError, match="--scheduler DDIMScheduler: .* samples by LCMScheduler alone"):
+        sampling.set_scheduler(pipeline, "DDIMScheduler")
+    sampling.set_scheduler(pipeline, "LCMScheduler")
 
 
 def test_a_pipeline_that_does_not_tell_its_size_is_named(folders):
