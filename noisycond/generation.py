@@ -96,6 +96,19 @@ def named_prompts(args: SamplingArguments) -> Prompts | None:
     return open_prompts("--prompts", args.prompts, args.prompt_split, args.prompt_column)
 
 
+def check_kind(name: str, kind: type[DiffusionPipeline], prompts: Prompts | None) -> None:
+    """Raises InputError where a class of pipelines draws from prompts and there are none, or the reverse."""
+    takes_prompts = sampling.takes_prompts(kind)
+    require(
+        prompts is not None or not takes_prompts,
+        f"--pipeline {name}: a {kind.__name__} draws from prompts; give --prompts.",
+    )
+    require(
+        prompts is None or takes_prompts,
+        f"--prompts has no effect on --pipeline {name}: a {kind.__name__} draws from class labels; leave it off.",
+    )
+
+
 def open_for_drawing(
     name: str, args: SamplingArguments, accelerator: Accelerator, prompts: Prompts | None = None
 ) -> OpenPipeline:
@@ -106,14 +119,7 @@ def open_for_drawing(
             [`noisycond.sampling.open_pipeline`].
     """
     pipeline = sampling.open_pipeline(name, args.trust_remote_code)
-    kind, takes_prompts = type(pipeline).__name__, sampling.takes_prompts(pipeline)
-    require(
-        prompts is not None or not takes_prompts, f"--pipeline {name}: a {kind} draws from prompts; give --prompts."
-    )
-    require(
-        prompts is None or takes_prompts,
-        f"--prompts has no effect on --pipeline {name}: a {kind} draws from class labels; leave it off.",
-    )
+    check_kind(name, type(pipeline), prompts)
     if args.scheduler is not None:
         sampling.set_scheduler(pipeline, args.scheduler)
     sampling.check_steps(pipeline, args.num_inference_steps)

@@ -4,9 +4,11 @@ Letters: N prompts.
 """
 
 import csv
+import errno
 import hashlib
 import io
 import json
+import reprlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -24,6 +26,7 @@ COLUMNS = ("text", "caption", "prompt")  # where no column is asked for, the fir
 LABEL_COLUMN = "label"
 TABLES = (".jsonl", ".csv", ".json")
 LISTS_OF_A_FOLDER = ("metadata.jsonl", "metadata.csv")  # as `imagefolder` of datasets reads them
+NOWHERE = "there is no such file or folder (prompts themselves go into a text file, one per line)."
 DIGITS = {"digits": "unseen", "digits:seen": "seen", "digits:unseen": "unseen"}
 
 
@@ -82,9 +85,8 @@ def open_prompts(option: str, name: str, split: str | None = None, column: str |
         InputError: there is no such thing, no such column or split, no prompt, or an empty one.
     """
     path, said, stem = Path(name), f"{option} {name}", option.removesuffix("s")
-    candidates = [path, *(path / each for each in LISTS_OF_A_FOLDER)]
-    file = next((each for each in candidates if each.is_file()), None)
-    has_splits = name not in DIGITS and file is None and not (path / "dataset_info.json").is_file()
+    file, is_saved_dataset = _look_for(option, name)
+    has_splits = name not in DIGITS and file is None and not is_saved_dataset
     require(
         split is None or has_splits,
         f"{stem}_split {split} has no effect on {said}: it has no splits; leave it off.",
@@ -97,11 +99,24 @@ def open_prompts(option: str, name: str, split: str | None = None, column: str |
         raise InputError(f"{said}: the prompts of digits are {' and '.join(list(DIGITS)[1:])}{closest(name, DIGITS)}.")
     require(
         path.exists() or not (name.startswith((".", "/", "~")) or path.suffix in (".txt", *TABLES) or " " in name),
-        f"{said}: there is no such file or folder (prompts themselves go into a text file, one per line).",
+        f"{said}: {NOWHERE}",
     )
     if file is not None:
         return _of_file(option, name, file, column)
     return _of_dataset(option, name, split, column)
+
+
+def _look_for(option: str, name: str) -> tuple[Path | None, bool]:
+    """The file of prompts that a name stands for, if it is one, and whether it is a dataset saved to disk."""
+    path = Path(name)
+    candidates = [path, *(path / each for each in LISTS_OF_A_FOLDER)]
+    try:
+        file = next((each for each in candidates if each.is_file()), None)
+        return file, (path / "dataset_info.json").is_file()
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:  # as a prompt may be
+            raise InputError(f"{option} {name[:60]}…: {NOWHERE}") from error
+        raise InputError(f"{option} {name}: it cannot be looked at ({in_one_line(error)}).") from error
 
 
 def _of_file(option: str, name: str, path: Path, column: str | None) -> Prompts:
@@ -125,7 +140,7 @@ def _of_file(option: str, name: str, path: Path, column: str | None) -> Prompts:
     require(rows, f"{said}: {path.name} is empty.")
     chosen = _choose_column(option, name, column, list(dict.fromkeys(key for row in rows for key in row)))
     texts = _checked(said, "entry", [row.get(chosen) for row in rows])
-    return Prompts(name, texts, _whole_numbers([row.get(LABEL_COLUMN) for row in rows]))
+    return Prompts(name, texts, _whole_numbers(said, "entry", [row.get(LABEL_COLUMN) for row in rows]))
 
 
 def _rows(said: str, file: str, text: str, suffix: str) -> list[dict] | dict:
@@ -136,9 +151,11 @@ def _rows(said: str, file: str, text: str, suffix: str) -> list[dict] | dict:
             if any(None in row for row in rows):  # where DictReader puts what has no heading
                 raise ValueError("a row has more cells than there are columns")
         elif suffix == ".jsonl":
-            rows = [json.loads(line) for line in text.split("\n") if line.strip()]
+            rows = _lines_of_json(text)
         else:
             rows = json.loads(text)
+    except RecursionError as error:
+        raise InputError(f"{said}: {file} is damaged (it is nested too deeply).") from error
     except (ValueError, csv.Error) as error:
         raise InputError(f"{said}: {file} is damaged ({in_one_line(error)}).") from error
     if isinstance(rows, dict) and isinstance(rows.get("annotations"), list):
@@ -148,6 +165,23 @@ def _rows(said: str, file: str, text: str, suffix: str) -> list[dict] | dict:
         f"{said}: expected a list of objects with a text each, or the captions of COCO (annotations with image_id, id "
         "and caption).",
     )
+    return rows
+
+
+def _lines_of_json(text: str) -> list:
+    """What the lines hold; ValueError names the line that is not JSON."""
+    rows = []
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError as error:  # it counts the lines of its own text, which is one
+            raise ValueError(f"line {number}: {error.msg}, column {error.colno}") from error
+        except ValueError as error:
+            raise ValueError(f"line {number}: {error}") from error
+        except RecursionError as error:
+            raise ValueError(f"line {number}: it is nested too deeply") from error
     return rows
 
 
@@ -184,7 +218,8 @@ def _of_dataset(option: str, name: str, split: str | None, column: str | None) -
     texts = _checked(f"{option} {name}", "example", list(dataset.select_columns([chosen])[:][chosen]))
     labels, class_names = None, None
     if LABEL_COLUMN in dataset.column_names:
-        labels = _whole_numbers(list(dataset.select_columns([LABEL_COLUMN])[:][LABEL_COLUMN]))
+        values = list(dataset.select_columns([LABEL_COLUMN])[:][LABEL_COLUMN])
+        labels = _whole_numbers(f"{option} {name}", "example", values)
         names = getattr(dataset.features[LABEL_COLUMN], "names", None)
         class_names = None if labels is None or names is None else list(names)
     return Prompts(name, texts, labels, class_names)
@@ -211,17 +246,30 @@ def _checked(said: str, unit: str, values: Sequence, numbers: Sequence | None = 
         where = f"{said}: {unit} {place + 1 if numbers is None else numbers[place]}"
         if isinstance(value, (list, tuple)):
             value = value[0] if value else ""
-        require(value is None or isinstance(value, str), f"{where} holds no text, but {value!r}.")
+        require(value is None or isinstance(value, str), f"{where} holds no text, but {reprlib.repr(value)}.")
         text = (value or "").strip()
         require(text, f"{where} is empty; every image needs a prompt.")
+        require(
+            not any("\ud800" <= letter <= "\udfff" for letter in text),
+            f"{where} holds half of a surrogate pair, which is no letter; write the letter itself, in UTF-8.",
+        )
         texts.append(text)
     require(texts, f"{said}: there is no prompt.")
     return texts
 
 
-def _whole_numbers(values: Sequence) -> np.ndarray | None:
-    """Labels int64 [N] where each value is one, as a number or, in a CSV file, as its digits; else None."""
-    read = [int(value) if isinstance(value, str) and value.strip().isdecimal() else value for value in values]
+def _whole_numbers(said: str, unit: str, values: Sequence) -> np.ndarray | None:
+    """Labels int64 [N] where each value is one, as a number or, in a CSV file, as its digits; else None. Messages
+    number them from 1."""
+    most = np.iinfo(np.int64).max
+
+    def number(digits: str) -> int:
+        # Python refuses to read thousands of digits; int64 has 19.
+        return int(digits) if len(digits.strip().lstrip("0")) < 20 else most + 1
+
+    read = [number(value) if isinstance(value, str) and value.strip().isdecimal() else value for value in values]
     if not all(isinstance(value, int) and not isinstance(value, bool) and value >= 0 for value in read):
         return None
+    for place, value in enumerate(read, start=1):
+        require(value <= most, f"{said}: {unit} {place} has a label beyond {most}; labels are numbers of classes.")
     return np.array(read, dtype=np.int64)

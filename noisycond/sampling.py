@@ -15,10 +15,11 @@ import diffusers
 import torch
 from diffusers import DiffusionPipeline, DiTTransformer2DModel, LCMScheduler
 from PIL import Image
+from safetensors import SafetensorError
 from tqdm import tqdm
 
 from noisycond import randomness
-from noisycond.errors import InputError, closest, require
+from noisycond.errors import InputError, closest, in_one_line, require
 from noisycond.first_stage import state_hash
 from noisycond.pipelines import LDMClassToImagePipeline, LDMTextToImagePipeline, OriginalDiTPipeline
 from noisycond.randomness import Purpose
@@ -28,6 +29,9 @@ logger = logging.getLogger(__name__)
 OWN_PIPELINES = {
     kind.__name__: kind for kind in (LDMClassToImagePipeline, LDMTextToImagePipeline, OriginalDiTPipeline)
 }
+# What pipelines read of their scheduler beside its timesteps, and what they give to its `step`.
+USED_BY_PIPELINES = ("init_noise_sigma", "scale_model_input", "step")
+STEP = ("model_output", "timestep", "sample")
 # What a text-to-image pipeline is called with here.
 TEXT_TO_IMAGE = ("prompt", "guidance_scale", "num_inference_steps", "generator")
 # Arguments that show that a pipeline which takes a prompt draws from more than that, or draws no images.
@@ -44,12 +48,12 @@ def random_labels(count: int, num_classes: int, seed: int) -> torch.LongTensor:
     return randomness.randint(seed, Purpose.SAMPLED_CLASS, torch.arange(count), num_classes)
 
 
-def takes_prompts(pipeline: DiffusionPipeline) -> bool:
-    """Whether a pipeline draws from prompts, and not from class labels."""
+def takes_prompts(pipeline: DiffusionPipeline | type[DiffusionPipeline]) -> bool:
+    """Whether a pipeline, or those of a class, draws from prompts, and not from class labels."""
     return "prompt" in _parameters(pipeline)
 
 
-def _parameters(pipeline: DiffusionPipeline) -> set[str]:
+def _parameters(pipeline: DiffusionPipeline | type[DiffusionPipeline]) -> set[str]:
     return set(inspect.signature(pipeline.__call__).parameters)
 
 
@@ -209,17 +213,39 @@ def open_pipeline(name_or_path: str, trust_remote_code: bool = False) -> Diffusi
     Raises:
         InputError: there is none, or it takes neither class labels nor prompts alone.
     """
-    try:
+    with _opening(name_or_path):
         kind = OWN_PIPELINES.get(pipeline_class_name(name_or_path), DiffusionPipeline)
         left_out = _safety_checker_left_out(name_or_path)
         with _without_the_note_on_id2label():
             pipeline = kind.from_pretrained(name_or_path, trust_remote_code=trust_remote_code, **left_out)
-    except (OSError, ValueError, KeyError) as error:
-        reason = " ".join(str(error).split())
-        raise InputError(f"--pipeline {name_or_path}: diffusers cannot open it ({reason}).") from error
-    _refuse_other_conditions(pipeline, name_or_path)
+    _refuse_other_conditions(type(pipeline), name_or_path)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def declared_class(name_or_path: str) -> type | None:
+    """The class that a folder's or Hub id's index declares; None where that is not known before its code is run.
+
+    Raises:
+        InputError: there is no index, it is damaged, or the class takes neither class labels nor prompts alone.
+    """
+    with _opening(name_or_path):
+        name = pipeline_class_name(name_or_path)
+        is_of_diffusers = isinstance(DiffusionPipeline.load_config(name_or_path).get("_class_name"), str)
+    kind = OWN_PIPELINES.get(name) or (getattr(diffusers, name, None) if is_of_diffusers else None)
+    if not (isinstance(kind, type) and issubclass(kind, DiffusionPipeline)):
+        return None
+    _refuse_other_conditions(kind, name_or_path)
+    return kind
+
+
+@contextmanager
+def _opening(name_or_path: str):
+    """A context in which what diffusers cannot open becomes an InputError."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise InputError(f"--pipeline {name_or_path}: diffusers cannot open it ({in_one_line(error)}).") from error
 
 
 def _safety_checker_left_out(name_or_path: str) -> dict:
@@ -239,8 +265,8 @@ def _say_that_it_is_left_out(name_or_path: str) -> None:
     )
 
 
-def _refuse_other_conditions(pipeline: DiffusionPipeline, name_or_path: str) -> None:
-    said, takes = f"--pipeline {name_or_path}: a {type(pipeline).__name__}", _parameters(pipeline)
+def _refuse_other_conditions(kind: type[DiffusionPipeline], name_or_path: str) -> None:
+    said, takes = f"--pipeline {name_or_path}: a {kind.__name__}", _parameters(kind)
     if "class_labels" in takes:
         return
     require("prompt" in takes, f"{said} does not take class labels, nor prompts.")
@@ -279,16 +305,54 @@ def set_scheduler(pipeline: DiffusionPipeline, name: str) -> None:
     """Swaps in another scheduler of diffusers by its class name, with the noise schedule of the present one.
 
     Raises:
-        InputError: diffusers has no such scheduler, or the pipeline takes no other than its own.
+        InputError: diffusers has no such scheduler, it cannot stand in for the present one, or the pipeline takes no
+            other than its own.
     """
-    known = [entry for entry in dir(diffusers) if entry.endswith("Scheduler")]
+    said, known = f"--scheduler {name}", [entry for entry in dir(diffusers) if entry.endswith("Scheduler")]
     if name not in known:
-        raise InputError(f"--scheduler {name}: diffusers has no such scheduler{closest(name, known)}.")
+        raise InputError(f"{said}: diffusers has no such scheduler{closest(name, known)}.")
     require(
-        name == LCMScheduler.__name__ or "original_inference_steps" not in _parameters(pipeline),
-        f"--scheduler {name}: a {type(pipeline).__name__} samples by {LCMScheduler.__name__} alone; leave it off.",
+        name == LCMScheduler.__name__ or not _is_consistency_model(pipeline),
+        f"{said}: a {type(pipeline).__name__} of a latent consistency model samples by {LCMScheduler.__name__} alone; "
+        "leave it off.",
     )
-    pipeline.scheduler = getattr(diffusers, name).from_config(pipeline.scheduler.config)
+    try:
+        scheduler = getattr(diffusers, name).from_config(pipeline.scheduler.config)
+    except (AttributeError, ImportError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise InputError(f"{said}: it cannot be made from the pipeline's own ({in_one_line(error)}).") from error
+    _refuse_other_use(scheduler, pipeline.scheduler, said)
+    pipeline.scheduler = scheduler
+
+
+def _is_consistency_model(pipeline: DiffusionPipeline) -> bool:
+    """Whether a pipeline's model was distilled for a few steps: its own call, or its U-Net, which reads an embedding
+    of the guidance scale (Section 4.2 of arXiv:2310.04378), tells."""
+    unet = getattr(pipeline, "unet", None)
+    embeds_guidance = unet is not None and unet.config.get("time_cond_proj_dim") is not None
+    return embeds_guidance or "original_inference_steps" in _parameters(pipeline)
+
+
+def _refuse_other_use(scheduler, present, said: str) -> None:
+    """Raises InputError for a scheduler that pipelines cannot call as they call the present one, or that would not
+    keep its noise schedule."""
+    lacking = [name for name in USED_BY_PIPELINES if hasattr(present, name) and not hasattr(scheduler, name)]
+    require(
+        not lacking,
+        f"{said}: it cannot stand in for the pipeline's {type(present).__name__}: it has no "
+        f"`{lacking[0] if lacking else ''}`.",
+    )
+    needed = [
+        parameter.name
+        for parameter in inspect.signature(scheduler.step).parameters.values()
+        if parameter.default is parameter.empty and parameter.kind is parameter.POSITIONAL_OR_KEYWORD
+    ]
+    more = [name for name in needed if name not in STEP]
+    require(not more, f"{said}: its steps need more than a pipeline gives (`{more[0] if more else ''}`).")
+    keeps_schedule = "beta_schedule" in inspect.signature(type(scheduler).__init__).parameters
+    require(
+        keeps_schedule or "beta_schedule" not in present.config,
+        f"{said}: it cannot take the noise schedule of the pipeline's {type(present).__name__}.",
+    )
 
 
 def is_consistency_sampler(scheduler) -> bool:
@@ -298,12 +362,23 @@ def is_consistency_sampler(scheduler) -> bool:
 
 
 def check_steps(pipeline: DiffusionPipeline, num_inference_steps: int) -> None:
-    """Raises InputError where a consistency model is asked for more steps than it was distilled from."""
-    most = pipeline.scheduler.config.get("original_inference_steps")
+    """Raises InputError where a consistency model is asked for more steps than it was distilled from, or any other
+    for more than it has timesteps."""
+    scheduler = pipeline.scheduler
+    said, config = f"--num_inference_steps is {num_inference_steps}, but {type(scheduler).__name__}", scheduler.config
+    most = config.get("original_inference_steps") if is_consistency_sampler(scheduler) else None
     require(
-        not is_consistency_sampler(pipeline.scheduler) or most is None or num_inference_steps <= most,
-        f"--num_inference_steps is {num_inference_steps}, but {type(pipeline.scheduler).__name__} takes at most "
-        f"{most} here (its original_inference_steps).",
+        most is None or num_inference_steps <= most,
+        f"{said} takes at most {most} here (its original_inference_steps).",
+    )
+    timesteps = config.get("num_train_timesteps")
+    if timesteps is None:
+        return
+    # Spaced from the first on, they begin at the offset.
+    most = timesteps - (config.get("steps_offset", 0) if config.get("timestep_spacing") == "leading" else 0)
+    require(
+        num_inference_steps <= most,
+        f"{said} takes at most {most} here (num_train_timesteps {timesteps}, steps_offset {timesteps - most}).",
     )
 
 

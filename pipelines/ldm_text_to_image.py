@@ -19,6 +19,7 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineO
 from diffusers.schedulers import KarrasDiffusionSchedulers
 from diffusers.utils import logging
 from diffusers.utils.torch_utils import randn_tensor
+from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
@@ -32,6 +33,8 @@ PIECES = {
     "scheduler": ("scheduler", "scheduler_config.json"),
     "vqvae": ("first stage", "config.json"),
 }
+# How diffusers and transformers fail on pieces that are damaged, of another kind, or of another version.
+FAILURES = (AttributeError, ImportError, KeyError, OSError, RuntimeError, SafetensorError, TypeError, ValueError)
 Callback = Callable[["LDMTextToImagePipeline", int, int, dict], dict]
 
 
@@ -386,7 +389,7 @@ class LDMTextToImagePipeline(DiffusionPipeline):
         _check_pieces(folder, _read_json(folder / cls.config_name), given=kwargs)
         try:
             pipeline = super().from_pretrained(folder, **kwargs)
-        except (AttributeError, ImportError, KeyError, OSError, RuntimeError, TypeError, ValueError) as error:
+        except FAILURES as error:
             raise ValueError(f"{name}: diffusers cannot open it ({' '.join(str(error).split())}).") from error
         pipeline.register_to_config(_name_or_path=name)
         if scaling_factor is not None and pipeline.vqvae is not None:

@@ -9,12 +9,13 @@ from pathlib import Path
 
 from accelerate import Accelerator
 
+from noisycond import sampling
 from noisycond.arguments import SamplingArguments
 from noisycond.cards import public_name
 from noisycond.data.sources import ImageSource
 from noisycond.errors import require
 from noisycond.evaluation.images import open_images
-from noisycond.generation import ImageSettings, OpenPipeline, draw_images, open_for_drawing
+from noisycond.generation import ImageSettings, OpenPipeline, check_kind, draw_images, open_for_drawing
 from noisycond.prompts import Prompts
 
 
@@ -118,8 +119,13 @@ def draw_sets(
         prompts: what text-to-image pipelines draw; None where they are class-conditional.
 
     Raises:
-        InputError: a pipeline cannot be opened, or the folder holds images of something else.
+        InputError: a pipeline cannot be opened, or the folder holds images of something else. Whether each draws
+            from prompts or labels, as asked, is decided before the first is drawn from.
     """
+    for member in (member for subject in subjects for member in subject.members):
+        kind = sampling.declared_class(member)
+        if kind is not None:
+            check_kind(member, kind, prompts)
     sets = []
     for subject in subjects:
         for number, member in enumerate(subject.members):

@@ -403,6 +403,10 @@ def remove(name: str):
     return lambda folder: shutil.rmtree(folder / name) if (folder / name).is_dir() else (folder / name).unlink()
 
 
+def truncate(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-100])
+
+
 def declare(**changes):
     return lambda folder: change_json(folder / "model_index.json", **changes)
 
@@ -419,6 +423,7 @@ MISSING = [
     (remove("scheduler"), "scheduler is missing .scheduler/scheduler_config.json"),
     (remove("vqvae/diffusion_pytorch_model.safetensors"), "first stage's weights are missing"),
     (lambda folder: (folder / "unet/diffusion_pytorch_model.safetensors").write_bytes(b"x" * 9), "cannot open it"),
+    (lambda folder: truncate(folder / "bert/model.safetensors"), "cannot open it .*incomplete metadata"),
     (
         lambda folder: tiny_bert(hidden_size=16).save_pretrained(folder / "bert"),
         r"attends to embeddings of 12 numbers.*text encoder \(`bert`\) have 16",

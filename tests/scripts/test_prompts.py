@@ -130,6 +130,21 @@ def test_random_prompts_and_labels(pipeline, script, tmp_path):
         ("evaluate_model", ["--pipeline", "TEXT"], ["draws from prompts"]),
         ("evaluate_model", ["--pipeline", "CLASS", "--prompts", "digits"], ["--prompts has no effect"]),
         (
+            "evaluate_model",  # before the first is drawn from
+            ["--pipeline", "TEXT", "CLASS", "--prompts", "digits", "--num_images", "30", "--metrics", "fid", *FAST],
+            ["--prompts has no effect on --pipeline", "LDMClassToImagePipeline draws from class labels"],
+        ),
+        (
+            "evaluate_model",
+            ["--pipeline", "CLASS", "TEXT", "--num_images", "30", "--metrics", "fid", *FAST],
+            ["StableDiffusionPipeline draws from prompts"],
+        ),
+        (
+            "evaluate_model",
+            ["--pipeline", "CLASS", "/nowhere", "--num_images", "30", "--metrics", "fid", *FAST],
+            ["--pipeline /nowhere: diffusers cannot open it"],
+        ),
+        (
             "evaluate_model",
             ["--images", "TEXT", "--prompts", "digits"],
             ["--prompts has no effect without --pipeline"],

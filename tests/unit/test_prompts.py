@@ -118,6 +118,7 @@ def test_which_prompt_an_image_gets():
     [
         ("none.txt", None, {}, "none.txt: there is no such file or folder"),
         ("a photo of a cat", None, {}, "prompts themselves go into a text file"),
+        ("a dog and " * 30, None, {}, r"^--prompts a dog .{54}…: there is no such .* go into a text file"),
         ("p.txt", "a\n\nb\n", {}, "p.txt: line 2 is empty"),
         ("p.txt", " \n", {}, r"p.txt: p\.txt is empty"),
         ("p.txt", "a\n", {"column": "text"}, "--prompt_column text has no effect .* each line is a prompt"),
@@ -125,7 +126,12 @@ def test_which_prompt_an_image_gets():
         ("p.jsonl", '{"text": "a"}\n{"text": ""}\n', {}, "entry 2 is empty"),
         ("p.jsonl", '{"text": "a"}\n{"id": 1}\n', {}, "entry 2 is empty"),
         ("p.jsonl", '{"text": 3}\n', {}, "entry 1 holds no text, but 3"),
-        ("p.jsonl", '{"text": "a"}\n{"te', {}, r"p\.jsonl is damaged"),
+        ("p.jsonl", '{"text": "a"}\n\n{"te', {}, r"p\.jsonl is damaged \(line 3: Unterminated string .*, column 2\)"),
+        ("p.jsonl", '{"text": "a"}\n{"a": ' + "[" * 9999, {}, r"p\.jsonl is damaged \(line 2: .* nested too deeply"),
+        ("p.json", "[" * 9999, {}, r"p\.json is damaged \(it is nested too deeply"),
+        ("p.jsonl", '{"text": "a"}\n{"text": "b\\ud83d"}\n', {}, "entry 2 holds half of a surrogate pair"),
+        ("p.jsonl", '{"text": "a", "label": 1}\n{"text": "b", "label": 1%s}' % ("0" * 30), {}, "entry 2 has a label"),
+        ("p.csv", "text,label\na,%s\n" % ("9" * 5000), {}, "entry 1 has a label beyond 9223372036854775807"),
         (
             "p.jsonl",
             '{"txet": "a"}\n',

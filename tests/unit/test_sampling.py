@@ -1,5 +1,6 @@
 """Pipelines that draw from prompts: what is opened, what is refused and why, and what an image depends on."""
 
+import json
 import logging
 
 import numpy as np
@@ -8,6 +9,7 @@ import text_pipelines
 import torch
 from diffusers import LatentConsistencyModelPipeline, StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
 from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
+from diffusers.utils import is_torchsde_available
 from released_layout import write_text_ldm
 from tiny_models import tiny_text_pipeline
 from transformers import CLIPConfig, CLIPImageProcessor
@@ -91,6 +93,27 @@ def test_what_draws_from_more_than_a_prompt_is_refused(folders, tmp_path):
     StableDiffusionImg2ImgPipeline.from_pretrained(folders["sd"]).save_pretrained(tmp_path / "x")
     with pytest.raises(InputError, match="Img2ImgPipeline draws no images from prompts alone: .*`image`"):
         sampling.open_pipeline(str(tmp_path / "x"))
+    with pytest.raises(InputError, match="Img2ImgPipeline draws no images from prompts alone: .*`image`"):
+        sampling.declared_class(str(tmp_path / "x"))
+
+
+def test_the_declared_class_is_that_of_the_index_where_it_is_known(folders, tmp_path):
+    assert sampling.declared_class(str(folders["lcm"])) is LatentConsistencyModelPipeline
+    for declared, known in (
+        (["anything", "LDMTextToImagePipeline"], LDMTextToImagePipeline),
+        (["pipeline", "StableDiffusionPipeline"], None),  # the folder's own, not that of diffusers
+        ("NoPipeline", None),
+        (None, None),
+    ):
+        (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": declared}))
+        assert sampling.declared_class(str(tmp_path)) is known
+
+
+def test_a_truncated_text_encoder_is_one_sentence(tmp_path):
+    weights = tiny_text_pipeline(tmp_path / "x") / "text_encoder/model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(InputError, match="--pipeline .*x: diffusers cannot open it .*incomplete metadata"):
+        sampling.open_pipeline(str(tmp_path / "x"))
 
 
 def test_schedulers_and_steps_that_a_consistency_model_does_not_take_are_refused(folders):
@@ -101,12 +124,60 @@ def test_schedulers_and_steps_that_a_consistency_model_does_not_take_are_refused
         sampling.check_steps(pipeline, 51)
     sampling.check_steps(pipeline, 50)
     other = sampling.open_pipeline(str(folders["sd"]))
-    sampling.check_steps(other, 500)
+    sampling.check_steps(other, 999)
+    sampling.sample(other, ["a cat"], [0], **SETTINGS)
+    for steps in (1000, 2000):  # with an offset of 1 the last of 1000 steps would be beyond the noise schedule
+        with pytest.raises(InputError, match=f"_steps is {steps}, but DDIMScheduler takes at most 999 .*_offset 1"):
+            sampling.check_steps(other, steps)
     sampling.set_scheduler(other, "LCMScheduler")
     with pytest.raises(InputError, match="--num_inference_steps is 51"):
         sampling.check_steps(other, 51)
     sampling.set_scheduler(other, "DDIMScheduler")
     sampling.check_steps(other, 500)
+
+
+@pytest.mark.parametrize(
+    "name, words",
+    [
+        (
+            "FlowMatchEulerDiscreteScheduler",
+            "cannot stand in for the pipeline's DDIMScheduler: it has no `init_noise_sigma`",
+        ),
+        ("ScoreSdeVeScheduler", "it has no `step`"),
+        ("KarrasVeScheduler", "its steps need more than a pipeline gives .`sigma_hat`"),
+        ("CogVideoXDPMScheduler", "its steps need more than a pipeline gives .`old_pred_original_sample`"),
+        ("VQDiffusionScheduler", "it cannot be made from the pipeline's own .*num_vec_classes"),
+        ("DPMSolverSDEScheduler", "it cannot be made .*requires the torchsde library"),  # needs torchsde
+        ("EDMEulerScheduler", "cannot take the noise schedule of the pipeline's DDIMScheduler"),
+        ("DDPMWuerstchenScheduler", "cannot take the noise schedule"),
+    ],
+)
+def test_schedulers_that_cannot_stand_in_are_refused(folders, name, words):
+    if name == "DPMSolverSDEScheduler" and is_torchsde_available():
+        pytest.skip("torchsde is installed")
+    pipeline = sampling.open_pipeline(str(folders["sd"]))
+    own = pipeline.scheduler
+    with pytest.raises(InputError, match=f"^--scheduler {name}: .*{words}"):
+        sampling.set_scheduler(pipeline, name)
+    assert pipeline.scheduler is own
+
+
+@pytest.mark.parametrize(
+    "name", ["LMSDiscreteScheduler", "EulerAncestralDiscreteScheduler", "PNDMScheduler", "TCDScheduler"]
+)
+def test_schedulers_of_the_same_noise_schedule_stand_in(folders, name):
+    pipeline = sampling.open_pipeline(str(folders["sd"]))
+    sampling.set_scheduler(pipeline, name)
+    assert pipeline.scheduler.config.beta_schedule == "scaled_linear"
+
+
+def test_a_model_that_embeds_the_guidance_scale_samples_as_it_was_distilled(tmp_path):
+    pipeline = StableDiffusionPipeline.from_pretrained(
+        tiny_text_pipeline(tmp_path / "x", LatentConsistencyModelPipeline)
+    )
+    with pytest.raises(InputError, match="--scheduler DDIMScheduler: .* samples by LCMScheduler alone"):
+        sampling.set_scheduler(pipeline, "DDIMScheduler")
+    sampling.set_scheduler(pipeline, "LCMScheduler")
 
 
 def test_a_pipeline_that_does_not_tell_its_size_is_named(folders):
