@@ -152,7 +152,23 @@ def test_random_prompts_and_labels(pipeline, script, tmp_path):
         (
             "evaluate_model",
             ["--pipeline", "TEXT", "--prompts", "digits", "--walk_class", "0"],
-            ["--walk_class has no effect with --prompts"],
+            ["--walk_class has no effect with --prompts: the walk is that of a prompt", "; leave it off."],
+        ),
+        (
+            "evaluate_model",
+            [
+                "--pipeline",
+                "TEXT",
+                "--prompts",
+                "digits",
+                "--no_figures",
+                "--walk_prompt",
+                "a",
+                "--num_images",
+                "30",
+                *FAST,
+            ],
+            ["--walk_prompt has no effect with --no_figures"],
         ),
         (
             "evaluate_model",
