@@ -8,7 +8,6 @@ accelerate launch train_text_to_image_corrupt.py --pretrained_model_name_or_path
     --dataset_name DATASET --corruption_ratio 0.025
 """
 
-import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +28,6 @@ try:
     )
     from noisycond.captions import CaptionTally
     from noisycond.data.caption_options import CaptionCorruptionArguments, CaptionDataArguments
-    from noisycond.data.corruption_map import save_caption_map
     from noisycond.data.opening import open_batches, open_training_data
     from noisycond.data.rewriting import rewrite_captions, rewritings_file
     from noisycond.data.streams import require_ids
@@ -43,13 +41,14 @@ try:
     from noisycond.run_folder import RunFolder, claim
     from noisycond.text_conditional import (
         PromptGridArguments,
-        assembled,
         build,
         cache_texts,
         draw_samples,
         export,
         frozen_fingerprint,
         grid_prompts,
+        keep_captions,
+        looking,
         mask_word_of,
         open_text_model,
         peek_text_model,
@@ -129,7 +128,6 @@ def main(argv: list[str] | None = None) -> None:
     if args.streaming and args.cep_gamma > 0 and args.cep_mode == "fixed":
         require_ids(data.source, "--cep_mode fixed")
     prompts = grid_prompts(args, data)
-    rewrite_captions(args, data, rewritings_file(args, data), accelerator)
     denoiser = build(args, model)
     if args.enable_xformers_memory_efficient_attention:
         hardware.enable_xformers(denoiser.backbone.model)
@@ -139,6 +137,7 @@ def main(argv: list[str] | None = None) -> None:
         evaluation = TrainingEvaluation(args, prompts=evaluation_prompts(args))
         on_main(accelerator, lambda: evaluation.prepare(accelerator.device))
 
+    rewrite_captions(args, data, rewritings_file(args, data), accelerator)
     facts = data.facts | {
         "first_stage": first_stage.fingerprint,
         "mixed_precision": hardware.precision_of(args),
@@ -153,20 +152,8 @@ def main(argv: list[str] | None = None) -> None:
     facts |= trainer.facts(args, batches)
     on_main(accelerator, lambda: checkpoints.check_space(args, denoiser))
     resume_from = claim(run, args, facts, Path(__file__).name, accelerator)  # from here on the folder is this run's
-    if args.caption_rewriter is not None:
-        on_main(
-            accelerator, lambda: shutil.copyfile(rewritings_file(args, data), run.path / "rewritten_captions.jsonl")
-        )
-    if args.save_corruption_map:
-        on_main(accelerator, lambda: save_caption_map(data.captions, run.path / "corruption_map.csv"))
+    on_main(accelerator, lambda: keep_captions(args, data, run))
     trainer.announce(args, accelerator, data.images, denoiser, batches)
-
-    def look(action):
-        def act(step: int) -> dict | None:
-            with assembled(model, denoiser) as pipeline:
-                return action(pipeline, step)
-
-        return act
 
     def draw(pipeline, step: int) -> None:
         draw_samples(pipeline, args, prompts, run.samples / f"step-{step:07d}.png")
@@ -183,8 +170,8 @@ def main(argv: list[str] | None = None) -> None:
         resume_from=resume_from,
         tallies={"corruption": tally},
         looks=[
-            (look(draw), args.validation_steps),
-            (look(lambda pipeline, step: evaluation(pipeline)), args.eval_steps),
+            (looking(model, denoiser, draw), args.validation_steps),
+            (looking(model, denoiser, lambda pipeline, step: evaluation(pipeline)), args.eval_steps),
         ],
         learning_rates={"encoder.": args.text_encoder_learning_rate or args.learning_rate},
     )

@@ -5,8 +5,7 @@ pipeline, the condition of a batch, what a run leaves behind, and what a text-to
 import copy
 import hashlib
 import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -299,15 +298,31 @@ def cache_texts(
     return cached
 
 
-@contextmanager
-def assembled(model: TextPipeline | FromScratch, denoiser: ConditionalDenoiser) -> Iterator[DiffusionPipeline]:
-    """Within it, the pipeline with the weights that the denoiser has now. Text encoders that were put aside, which it
-    takes to its device, are put aside again."""
-    try:
-        yield model.assemble(denoiser)
-    finally:
-        if denoiser.encoder.is_parked:
-            denoiser.encoder.park()
+def keep_captions(args, data: TrainingData, run: RunFolder) -> None:
+    """Writes into the run's folder what it keeps of its captions: rewritings that a model made, and the corruption
+    map where that was asked for."""
+    if args.caption_rewriter is not None:
+        shutil.copyfile(rewritings_file(args, data), run.path / "rewritten_captions.jsonl")
+    if args.save_corruption_map:
+        save_caption_map(data.captions, run.path / "corruption_map.csv")
+
+
+def looking(
+    model: TextPipeline | FromScratch,
+    denoiser: ConditionalDenoiser,
+    action: Callable[[DiffusionPipeline, int], dict | None],
+) -> Callable[[int], dict | None]:
+    """A look of [`noisycond.trainer.fit`] that is given the pipeline with the weights of the moment, and the step.
+    Text encoders that were put aside, which the pipeline takes to its device, are put aside again."""
+
+    def look(step: int) -> dict | None:
+        try:
+            return action(model.assemble(denoiser), step)
+        finally:
+            if denoiser.encoder.is_parked:
+                denoiser.encoder.park()
+
+    return look
 
 
 def draw_samples(pipeline: DiffusionPipeline, args, prompts: list[str], path: Path) -> None:
@@ -461,10 +476,7 @@ class TextTeaching(teachers.Teaching):
         return open_batches(self.args, self.data, accelerator, self.first_stage, encode, self.with_true)
 
     def keep(self, run: RunFolder) -> None:
-        if self.args.caption_rewriter is not None:
-            shutil.copyfile(rewritings_file(self.args, self.data), run.path / "rewritten_captions.jsonl")
-        if self.args.save_corruption_map:
-            save_caption_map(self.data.captions, run.path / "corruption_map.csv")
+        keep_captions(self.args, self.data, run)
 
     @torch.no_grad()
     def _embedded(self, tokens: Mapping[str, torch.Tensor], prefix: str = "") -> dict[str, torch.Tensor]:
