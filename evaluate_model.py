@@ -110,7 +110,7 @@ def refuse_flags_without_effect(args: EvaluateArguments, real: RealImages | None
         idle["walk_class"] = "with --prompts: the walk is that of a prompt, the first or --walk_prompt"
         idle["clip_prompt"] = "with --prompts: the CLIP score is that of each image and its own prompt"
     if not args.figures:
-        idle["walk_prompt"] = "with --no_figures: the walk is one of them"
+        idle |= dict.fromkeys(("walk_class", "walk_prompt"), "with --no_figures: the walk is one of them")
     if real is None or real.split is None:
         idle["reference_split"] = "unless --reference is digits or a dataset with splits"
     families = families_of(args.metrics)
