@@ -25,7 +25,7 @@ def loading_code(
     in_diffusers = type(pipeline).__module__.startswith("diffusers.")
     trust = "" if in_diffusers else ", trust_remote_code=True"
     if condition is None:
-        is_text = "prompt" in inspect.signature(pipeline.__call__).parameters
+        is_text = callable(pipeline) and "prompt" in inspect.signature(pipeline.__call__).parameters
         condition = 'prompt="a photo of a dog"' if is_text else "class_labels=[0]"
     return f"""from diffusers import DiffusionPipeline
 

@@ -312,7 +312,7 @@ def test_too_much_that_is_broken_ends_the_run(refused, shards):
 @pytest.mark.parametrize(
     "flags, words",
     [
-        ("--caption_column caption2", "cannot be read"),
+        ("--caption_column caption2", "--caption_column caption2: none of the first"),
         ("--cache_text_embeddings --train_text_encoder no", "--cache_text_embeddings does not go with --streaming"),
         ("--caption_rewriter x --corruption_type llm --corruption_ratio 0.1", "--caption_rewriter does not go with"),
         ("--save_corruption_map", "--save_corruption_map does not go with"),
