@@ -118,7 +118,13 @@ def test_global_batches_of_the_papers():
         assert (args.max_train_steps, args.num_classes) == (steps, 1000)
 
 
-@each([path for path in TRAINING if script_of(path) != "train_lcm_distill"])  # that one looks at its teacher
+# Of the settings that build on a model, which differ in corruption and CEP alone, one each. A distillation looks at its
+# teacher, and is rehearsed where there is one.
+REHEARSED = [path for path in MODELS if script_of(path) != "train_lcm_distill"]
+REHEARSED += [folder / "cep_u.yaml" for folder in sorted(RECIPES.iterdir()) if (folder / "eta_5.yaml").exists()]
+
+
+@each(REHEARSED)
 def test_dry_run(path, script, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # a recipe's output folder is relative
     name = str(path.relative_to(RECIPES)).removesuffix(".yaml")

@@ -302,7 +302,6 @@ def test_the_defaults_follow_where_the_model_comes_from():
         ("--text_cache_dir x", "--cache_text_embeddings"),
         ("--train_text_encoder no --text_encoder_learning_rate 1e-5", "frozen text encoder"),
         ("--text_encoder_learning_rate 0", "positive"),
-        ("--label_smoothing 0.1", "no effect on captions"),
     ],
 )
 def test_flags_that_cannot_take_effect(argv, said):
