@@ -118,7 +118,7 @@ def test_global_batches_of_the_papers():
         assert (args.max_train_steps, args.num_classes) == (steps, 1000)
 
 
-# Of the settings that build on a model, which differ in corruption and CEP alone, one each. A distillation looks at its
+# Of the settings that build on a model, which differ in corruption and CEP alone, one each. A distillation needs its
 # teacher, and is rehearsed where there is one.
 REHEARSED = [path for path in MODELS if script_of(path) != "train_lcm_distill"]
 REHEARSED += [folder / "cep_u.yaml" for folder in sorted(RECIPES.iterdir()) if (folder / "eta_5.yaml").exists()]
