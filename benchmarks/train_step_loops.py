@@ -365,7 +365,7 @@ class TextBench(Bench):
         model, objective, denoiser = self._model(args)
         data = open_training_data(args, mask_word=mask_word_of(model.text))
         first_stage = model.first_stage.to(self.device)
-        texts = cache_texts(args, data, denoiser, accelerator) if args.cache_text_embeddings else model.text
+        texts = cache_texts(args, data, denoiser.encoder, accelerator) if args.cache_text_embeddings else model.text
         batches, tally = self.batches(args, data, accelerator, first_stage, texts.encode), CaptionTally()
         loss = train_text.make_compute_loss(args, first_stage, objective, tally, texts.null())
         return Training(denoiser, data, batches, loss, tally)
