@@ -19,6 +19,7 @@ try:
         FirstStageArguments,
         HubArguments,
         LoopArguments,
+        MemoryArguments,
         ObjectiveArguments,
         PerturbationArguments,
         StreamArguments,
@@ -57,21 +58,13 @@ class ClassCondArguments(
     PerturbationArguments,
     SampleGridArguments,
     ObjectiveArguments,
+    MemoryArguments,
     LoopArguments,
     EvaluationArguments,
     HubArguments,
 ):
     denoiser: str = flag("dit-mini", "A preset (ldm-4, ldm-mini, dit-xl-2, dit-l-2, dit-b-2, dit-s-2, dit-mini), a "
                          "config JSON, or a pretrained folder or Hub id to continue from.")  # fmt: skip
-    gradient_checkpointing: bool = flag(False, "Recompute activations in the backward pass to save memory.")
-    enable_xformers_memory_efficient_attention: bool = flag(False, "Use the attention of xformers.")
-
-    def __post_init__(self):
-        super().__post_init__()
-        require(
-            not self.cache_latents or self.center_crop or self.dataset_name == "digits",
-            "--cache_latents needs --center_crop: a random crop is another image every epoch.",
-        )
 
 
 def build(args: ClassCondArguments, source, class_names: list[str], latent_channels: int, factor: int):

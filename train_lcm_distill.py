@@ -25,6 +25,7 @@ try:
         HubArguments,
         LoopArguments,
         LoRAArguments,
+        MemoryArguments,
         PerturbationArguments,
         StreamArguments,
         flag,
@@ -59,7 +60,9 @@ except ModuleNotFoundError as error:
 
 
 @dataclass
-class LCMArguments(FirstStageArguments, PerturbationArguments, LoRAArguments, LoopArguments, HubArguments):
+class LCMArguments(
+    FirstStageArguments, PerturbationArguments, LoRAArguments, MemoryArguments, LoopArguments, HubArguments
+):
     """The flags of the distillation itself; those of data, corruption, sample grids and evaluation are added by what
     the teacher takes as a condition."""
 
@@ -86,8 +89,6 @@ class LCMArguments(FirstStageArguments, PerturbationArguments, LoRAArguments, Lo
         None, "Guidance scale of the sample grids; the default is the middle of those distilled."
     )
     validation_inference_steps: int = flag(4, "Sampling steps of the sample grids.")
-    gradient_checkpointing: bool = flag(False, "Recompute activations in the backward pass to save memory.")
-    enable_xformers_memory_efficient_attention: bool = flag(False, "Use the attention of xformers.")
 
     def __post_init__(self):
         require(
@@ -124,10 +125,6 @@ class LCMArguments(FirstStageArguments, PerturbationArguments, LoRAArguments, Lo
             self.validation_inference_steps <= self.num_ddim_timesteps,
             f"--validation_inference_steps is {self.validation_inference_steps}, but a student draws in at most "
             f"--num_ddim_timesteps, {self.num_ddim_timesteps}.",
-        )
-        require(
-            not self.cache_latents or self.center_crop or self.dataset_name == "digits",
-            "--cache_latents needs --center_crop: a random crop is another image every epoch.",
         )
         require(
             not self.use_lora or self.unet_time_cond_proj_dim == 256,

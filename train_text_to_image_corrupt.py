@@ -21,9 +21,9 @@ try:
         FirstStageArguments,
         HubArguments,
         LoopArguments,
+        MemoryArguments,
         ObjectiveArguments,
         PerturbationArguments,
-        flag,
         parse_arguments,
     )
     from noisycond.captions import CaptionTally
@@ -33,7 +33,7 @@ try:
     from noisycond.data.streams import require_ids
     from noisycond.data.text_cache import reading
     from noisycond.denoisers.text_options import TextModelArguments
-    from noisycond.errors import one_sentence_errors, require
+    from noisycond.errors import one_sentence_errors
     from noisycond.evaluation.in_training import TextEvaluationArguments, TrainingEvaluation, evaluation_prompts
     from noisycond.noise_schedule import build_objective
     from noisycond.objective import DiffusionObjective
@@ -67,19 +67,12 @@ class TextToImageArguments(
     PerturbationArguments,
     PromptGridArguments,
     ObjectiveArguments,
+    MemoryArguments,
     LoopArguments,
     TextEvaluationArguments,
     HubArguments,
 ):
-    gradient_checkpointing: bool = flag(False, "Recompute activations in the backward pass to save memory.")
-    enable_xformers_memory_efficient_attention: bool = flag(False, "Use the attention of xformers.")
-
-    def __post_init__(self):
-        super().__post_init__()
-        require(
-            not self.cache_latents or self.center_crop or self.dataset_name == "digits",
-            "--cache_latents needs --center_crop: a random crop is another image every epoch.",
-        )
+    """The flags of the script; each group says what its own mean."""
 
 
 def rehearse(args: TextToImageArguments) -> None:

@@ -185,7 +185,17 @@ class StreamArguments(DataArguments):
 
 
 @dataclass
+class MemoryArguments(Arguments):
+    """What spares a denoiser's memory."""
+
+    gradient_checkpointing: bool = flag(False, "Recompute activations in the backward pass to save memory.")
+    enable_xformers_memory_efficient_attention: bool = flag(False, "Use the attention of xformers.")
+
+
+@dataclass
 class FirstStageArguments(Arguments):
+    """Of a script that also inherits [`DataArguments`]."""
+
     pretrained_vae_model_name_or_path: str | None = flag(
         None,
         "The first stage: `digits-kl` or `digits-vq` (they ship with noisycond), a Hub id or a folder of an "
@@ -201,6 +211,10 @@ class FirstStageArguments(Arguments):
         require(
             self.cache_latents or self.latent_cache_dir is None,
             "--latent_cache_dir has no effect without --cache_latents.",
+        )
+        require(
+            not self.cache_latents or self.center_crop or self.dataset_name == "digits",
+            "--cache_latents needs --center_crop: a random crop is another image every epoch.",
         )
 
 

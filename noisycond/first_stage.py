@@ -6,7 +6,7 @@ Letters: B examples, C latent channels, R the resolution, h = w = R / factor the
 import hashlib
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -122,8 +122,13 @@ def taken_from(model: AutoencoderKL | VQModel, config: dict, name: str, seed: in
 
 def state_hash(model: torch.nn.Module) -> str:
     """SHA-256 of a model's weights: their names and bytes."""
+    return tensors_hash(model.state_dict())
+
+
+def tensors_hash(tensors: Mapping[str, torch.Tensor]) -> str:
+    """SHA-256 of tensors by name: their names and bytes."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
+    for name, tensor in sorted(tensors.items()):
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()

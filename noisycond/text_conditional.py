@@ -3,7 +3,6 @@ pipeline, the condition of a batch, what a run leaves behind, and what a text-to
 """
 
 import copy
-import hashlib
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -33,7 +32,7 @@ from noisycond.denoisers.unet import UNetBackbone
 from noisycond.errors import require
 from noisycond.evaluation.in_training import TrainingEvaluation, evaluation_prompts
 from noisycond.export import export_pipeline, sampling_scheduler
-from noisycond.first_stage import FirstStage, open_first_stage, peek_first_stage, state_hash
+from noisycond.first_stage import FirstStage, open_first_stage, peek_first_stage, state_hash, tensors_hash
 from noisycond.lora import add_lora, how_to_load, save_lora
 from noisycond.noise_schedule import build_objective
 from noisycond.objective import DiffusionObjective
@@ -43,6 +42,7 @@ from noisycond.randomness import Purpose
 from noisycond.results import draw_grid, leave_results
 from noisycond.run_folder import RunFolder
 from noisycond.trainer import FitResult
+from noisycond.training_state import frozen_names
 
 
 SHOWN = 10  # prompts of a sample grid that nobody chose
@@ -240,12 +240,8 @@ def build(args, model: TextPipeline | FromScratch) -> ConditionalDenoiser:
 
 def frozen_fingerprint(denoiser: ConditionalDenoiser) -> str:
     """A hash of the weights that are not trained, which no checkpoint holds: a resumed run must have the same."""
-    digest = hashlib.sha256()
-    for name, parameter in denoiser.named_parameters():
-        if not parameter.requires_grad:
-            digest.update(name.encode())
-            digest.update(parameter.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
+    state = denoiser.state_dict()
+    return tensors_hash({name: state[name] for name in frozen_names(denoiser)})
 
 
 def text_conditions(

@@ -279,9 +279,8 @@ def rewritings_file(args, data) -> Path:
     """Where the rewritings of this dataset by this model are kept: in the user's cache, for every run that asks for
     them; arguments as of [`rewrite_captions`]."""
     name = args.caption_rewriter
-    name = (
-        os.path.realpath(name) if name is not None and os.path.isdir(name) else name
-    )  # a relative name is another folder elsewhere
+    if name is not None and os.path.isdir(name):
+        name = os.path.realpath(name)  # a relative name is another folder elsewhere
     told = f"{name}\0{data.facts['dataset']}\0{args.caption_column}"
     return user_cache("rewritten") / f"{hashlib.sha256(os.fsencode(told)).hexdigest()[:20]}.jsonl"
 
