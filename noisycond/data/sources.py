@@ -135,6 +135,7 @@ class Digits(ImageSource):
         self.labels = labels[self.positions].astype(np.int64)
         self.class_names = [str(digit) for digit in range(10)]
         self.fingerprint = hashlib.sha256(self.pixels.tobytes() + self.labels.tobytes()).hexdigest()
+        self._controls: dict[tuple[str, int, int], Image.Image] = {}
 
     def read(self, index: int, resolution: int) -> Image.Image:
         image = Image.fromarray(self.pixels[index]).resize((resolution, resolution), Image.Resampling.BICUBIC)
@@ -156,7 +157,14 @@ class Digits(ImageSource):
         )
 
     def control(self, column: str, index: int, resolution: int) -> Image.Image:
-        return DIGIT_CONTROLS[column](self.read(index, resolution))
+        # Kept: drawing 64 of them takes as long as half a step of the miniature.
+        key = (column, int(index), resolution)
+        if key not in self._controls:
+            self._controls[key] = DIGIT_CONTROLS[column](self.read(index, resolution))
+        return self._controls[key]
+
+    def size(self, index: int, resolution: int) -> tuple[int, int]:
+        return resolution, resolution
 
 
 class ImageFolder(ImageSource):
