@@ -15,6 +15,7 @@ from PIL import Image
 
 from noisycond import randomness
 from noisycond.data.caption_options import CaptionDataArguments
+from noisycond.data.controls import canny_edges, threshold_mask
 from noisycond.data.folder_index import Names, open_folder, size_and_time
 from noisycond.errors import InputError, closest, in_one_line, require
 from noisycond.randomness import Purpose
@@ -22,6 +23,7 @@ from noisycond.randomness import Purpose
 
 NO_UTF8 = "no text in UTF-8"
 SHOWN = 60  # characters of a wrong value that a message shows
+DIGIT_CONTROLS = {"canny": canny_edges, "mask": threshold_mask}
 
 
 class ImageSource:
@@ -57,6 +59,21 @@ class ImageSource:
         """The captions of each image as they are stored in this column, "" where one is missing; see [`is_utf8`].
         Raises InputError, which names this option, where there is no such column or it holds no text."""
         raise InputError(f"{option} {column}: this kind of data has no captions.")
+
+    def check_control(self, column: str, option: str = "--control_column") -> None:
+        """Raises InputError, which names this option, where no control images stand in this column."""
+        raise InputError(
+            f"{option} {column}: this kind of data has no control images; annotate it with prepare_dataset.py, and "
+            "name the folder that it writes with --dataset_name."
+        )
+
+    def control(self, column: str, index: int, resolution: int) -> Image.Image:
+        """The control image, RGB, of a column that was checked; `resolution` and what is raised as for [`read`]."""
+        raise NotImplementedError
+
+    def size(self, index: int, resolution: int) -> tuple[int, int]:
+        """Width and height of the image; arguments and what is raised as for [`read`]."""
+        return self.read(index, resolution).size
 
 
 def stored_texts(value: object) -> list[str]:
@@ -118,6 +135,7 @@ class Digits(ImageSource):
         self.labels = labels[self.positions].astype(np.int64)
         self.class_names = [str(digit) for digit in range(10)]
         self.fingerprint = hashlib.sha256(self.pixels.tobytes() + self.labels.tobytes()).hexdigest()
+        self._controls: dict[tuple[str, int, int], Image.Image] = {}
 
     def read(self, index: int, resolution: int) -> Image.Image:
         image = Image.fromarray(self.pixels[index]).resize((resolution, resolution), Image.Resampling.BICUBIC)
@@ -130,6 +148,23 @@ class Digits(ImageSource):
         from noisycond.data.digit_captions import captions_of  # it needs this module
 
         return captions_of(self)
+
+    def check_control(self, column: str, option: str = "--control_column") -> None:
+        require(
+            column in DIGIT_CONTROLS,
+            f"{option} {column}: the digits have the control images {' and '.join(DIGIT_CONTROLS)}"
+            f"{closest(column, list(DIGIT_CONTROLS))}.",
+        )
+
+    def control(self, column: str, index: int, resolution: int) -> Image.Image:
+        # Kept: drawing 64 of them takes as long as half a step of the miniature.
+        key = (column, int(index), resolution)
+        if key not in self._controls:
+            self._controls[key] = DIGIT_CONTROLS[column](self.read(index, resolution))
+        return self._controls[key]
+
+    def size(self, index: int, resolution: int) -> tuple[int, int]:
+        return resolution, resolution
 
 
 class ImageFolder(ImageSource):
@@ -259,6 +294,10 @@ class MetadataFolder(ImageSource):
     def name(self, index: int) -> str:
         return str(self.root / self.names[index])
 
+    def size(self, index: int, resolution: int) -> tuple[int, int]:
+        with Image.open(self.name(index)) as image:
+            return image.size
+
     def captions(self, column: str, option: str = "--caption_column") -> list[list[str]]:
         self._require_key(option, column)
         captions: list[list[str]] = []
@@ -322,6 +361,7 @@ class HuggingFaceDataset(ImageSource):
             raise InputError(f"--image_column {image_column}: this column of {name} holds no images.")
         # Decoded here and not by `datasets`, so that a broken image can be named and skipped.
         self.dataset = dataset.cast_column(image_column, datasets.Image(decode=False))
+        self._views: dict = {}
         if label_column is None:
             self.labels, self.class_names = np.zeros(len(dataset), dtype=np.int64), []
         else:
@@ -371,15 +411,42 @@ class HuggingFaceDataset(ImageSource):
         return _numbered(column, values, feature)
 
     def read(self, index: int, resolution: int) -> Image.Image:
-        entry = self.dataset[int(index)][self.image_column]
-        if entry is None:
-            raise ValueError("the dataset has no image here")
-        with Image.open(io.BytesIO(entry["bytes"]) if entry["bytes"] is not None else entry["path"]) as image:
+        with self._opened(self.image_column, index) as image:
             return image.convert("RGB")
 
+    def _opened(self, column: str, index: int) -> Image.Image:
+        # Of the row's other columns nothing is needed, and images are long.
+        entry = self._columns(column)[int(index)][column]
+        if entry is None:
+            raise ValueError(f"the dataset has no image here ({column})")
+        return Image.open(io.BytesIO(entry["bytes"]) if entry["bytes"] is not None else entry["path"])
+
+    def _columns(self, column: str):
+        if column not in self._views:
+            self._views[column] = self.dataset.select_columns([column])
+        return self._views[column]
+
     def name(self, index: int) -> str:
-        path = (self.dataset[int(index)][self.image_column] or {}).get("path")
+        path = (self._columns(self.image_column)[int(index)][self.image_column] or {}).get("path")
         return f"{self.title}[{index}]" + (f" ({path})" if path else "")
+
+    def size(self, index: int, resolution: int) -> tuple[int, int]:
+        with self._opened(self.image_column, index) as image:
+            return image.size
+
+    def check_control(self, column: str, option: str = "--control_column") -> None:
+        import datasets
+
+        self._require_column(self.dataset, option, column)
+        require(
+            isinstance(self.dataset.features[column], datasets.Image),
+            f"{option} {column}: this column of {self.title} holds no images.",
+        )
+        self.dataset = self.dataset.cast_column(column, datasets.Image(decode=False))
+
+    def control(self, column: str, index: int, resolution: int) -> Image.Image:
+        with self._opened(column, index) as image:
+            return image.convert("RGB")
 
     def captions(self, column: str, option: str = "--caption_column") -> list[list[str]]:
         self._require_column(self.dataset, option, column)
@@ -406,6 +473,15 @@ class Subset(ImageSource):
 
     def name(self, index: int) -> str:
         return self.source.name(int(self.kept[index]))
+
+    def size(self, index: int, resolution: int) -> tuple[int, int]:
+        return self.source.size(int(self.kept[index]), resolution)
+
+    def check_control(self, column: str, option: str = "--control_column") -> None:
+        self.source.check_control(column, option)
+
+    def control(self, column: str, index: int, resolution: int) -> Image.Image:
+        return self.source.control(column, int(self.kept[index]), resolution)
 
     def captions(self, column: str, option: str = "--caption_column") -> list[list[str]]:
         captions = self.source.captions(column, option)
