@@ -463,10 +463,30 @@ class SamplingArguments(Arguments):
         None, "The column of texts of a table or dataset; the default is `text`, `caption` or `prompt`."
     )
     prompt_split: str | None = flag(None, "The split of a dataset of prompts; the default is `validation`.")
+    controls: str | None = flag(
+        None,
+        "What a pipeline with a ControlNet or adapter draws after: `digits`, a folder by prepare_dataset.py, or "
+        "a dataset's Hub id; an image's class, or its prompt, is that of the same example.",
+    )
+    controls_split: str | None = flag(
+        None, "The split of digits (`test` by default) or of a dataset of controls (`validation` by default)."
+    )
+    control_column: str | None = flag(
+        None, "The column of control images; the default is the one that the adapter was trained on, or `canny`."
+    )
+    controls_caption_column: str | None = flag(
+        None, "The column of captions that a text-to-image pipeline draws from; the default is `caption`."
+    )
+    conditioning_scale: float = flag(
+        1.0, "What is multiplied by what a ControlNet or adapter reads from the control; at 0 it is not heeded."
+    )
+    base_pipeline: str | None = flag(
+        None, "For a --pipeline that is an adapter folder: another base than the one it was trained on."
+    )
     num_images: int = flag(1000, "Number of images.")
     batch_size: int = flag(50, "Images per chunk; the bits of an image depend on it, not on the number of processes.")
     class_sampling: Literal["balanced", "random"] = flag(
-        "balanced", "`balanced`: the classes, or the prompts, in turn. `random`: drawn uniformly."
+        "balanced", "`balanced`: the classes, the prompts or the controls in turn. `random`: drawn uniformly."
     )
     num_inference_steps: int = flag(50, "Sampling steps.")
     scheduler: str | None = flag(
@@ -489,6 +509,25 @@ class SamplingArguments(Arguments):
             require(
                 self.prompts is not None or getattr(self, name) is None, f"--{name} has no effect without --prompts."
             )
+        for name, default in (
+            ("controls_split", None),
+            ("control_column", None),
+            ("controls_caption_column", None),
+            ("conditioning_scale", 1.0),
+        ):
+            require(
+                self.controls is not None or getattr(self, name) == default,
+                f"--{name} has no effect without --controls.",
+            )
+        require(
+            self.controls is None or self.prompts is None,
+            "--prompts has no effect with --controls: images are drawn from the captions of the same examples; leave "
+            "it off.",
+        )
+        require(
+            0 <= self.conditioning_scale < math.inf,
+            f"--conditioning_scale is {self.conditioning_scale}, but it must be a number from 0 on.",
+        )
 
 
 DEFAULT_RANK = 4

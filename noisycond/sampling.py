@@ -471,7 +471,7 @@ def known_classes(pipeline: DiffusionPipeline) -> int | None:
     The stock pipeline drops `id2label` when it saves; the rows of a smaller model's table that are filled with the
     null embedding (the last row) are no classes then either.
     """
-    if isinstance(pipeline, LDMClassToImagePipeline):
+    if getattr(pipeline, "class_embedder", None) is not None:
         return pipeline.class_embedder.null_class
     if not isinstance(getattr(pipeline, "transformer", None), DiTTransformer2DModel):
         return None

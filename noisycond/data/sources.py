@@ -34,7 +34,8 @@ class ImageSource:
         class_names: K names, in the order of the labels; none where nothing says the classes, and all labels are 0.
         fingerprint: a string that tells one dataset from another, wherever it lies; a resumed run must share it.
         version: a string that also changes when files were touched; with the fingerprint it keys the latent cache.
-        texts: N texts that the images were drawn from, or None.
+        texts: N texts that the images were drawn from, or None. controls: what generated images were drawn after, a
+            [`noisycond.evaluation.control.Controls`], or None.
     """
 
     labels: np.ndarray
@@ -42,6 +43,7 @@ class ImageSource:
     fingerprint: str
     version: str = ""
     texts: list[str] | None = None
+    controls = None
 
     def __len__(self) -> int:
         return len(self.labels)
