@@ -20,6 +20,12 @@ from noisycond.data.corruption_map import save_corruption_map
 from noisycond.data.opening import TrainingData, open_batches, open_training_data
 from noisycond.data.streams import require_ids
 from noisycond.denoisers import ConditionalDenoiser
+from noisycond.denoisers.class_pipelines import (
+    ClassPipelineSource,
+    check_latents,
+    empty_denoiser,
+    lacks_a_first_stage,
+)
 from noisycond.errors import InputError, require
 from noisycond.evaluation.in_training import TrainingEvaluation
 from noisycond.export import class_pipeline, export_pipeline
@@ -136,7 +142,7 @@ class ClassTeaching(teachers.Teaching):
         self.tally, self.groups = open_corruption(args, self.data)
         self.teacher, autoencoder = teachers.open_teacher(source, self.class_names)
         self.first_stage = cls._first_stage(args, autoencoder)
-        teachers.check_latents(source.name, source.unet, self.first_stage, args.resolution)
+        check_latents(source.flag, source.name, source.unet, self.first_stage, args.resolution)
         self.latents = teachers.Latents(self.first_stage.latent_channels, self.first_stage.factor, "first stage")
         return self
 
@@ -150,16 +156,18 @@ class ClassTeaching(teachers.Teaching):
         try:
             first_stage, *latents = dry_run.latents_of(args, source.latents_of(args.resolution), own)
         except InputError:
-            require(args.pretrained_vae_model_name_or_path is not None, cls._lacks_a_first_stage(args))
+            require(
+                args.pretrained_vae_model_name_or_path is not None, lacks_a_first_stage(args.pretrained_teacher_model)
+            )
             raise
         self.first_stage, self.latents = first_stage, teachers.Latents(*latents)
         self.class_names = dry_run.class_names_of(args, self.data)
         teachers.check_data(source, self.class_names)
         with torch.device("meta"):
-            self.teacher = teachers.empty_teacher(source, len(self.class_names)).requires_grad_(False)
+            self.teacher = empty_denoiser(source, len(self.class_names)).requires_grad_(False)
         return self
 
-    def _take(self, args, source: teachers.TeacherSource) -> None:
+    def _take(self, args, source: ClassPipelineSource) -> None:
         self.args, self.prediction_type = args, source.prediction_type
         self.scheduler = teachers.lcm_scheduler(
             source.scheduler, args.num_ddim_timesteps, args.timestep_scaling_factor
@@ -170,12 +178,8 @@ class ClassTeaching(teachers.Teaching):
         """The first stage that the flags name, or else the teacher's own."""
         if args.pretrained_vae_model_name_or_path is not None:
             return open_first_stage(args.pretrained_vae_model_name_or_path, args.seed)
-        require(autoencoder is not None, ClassTeaching._lacks_a_first_stage(args))
+        require(autoencoder is not None, lacks_a_first_stage(args.pretrained_teacher_model))
         return taken_from(autoencoder, dict(autoencoder.config), args.pretrained_teacher_model, args.seed)
-
-    @staticmethod
-    def _lacks_a_first_stage(args) -> str:
-        return f"--pretrained_vae_model_name_or_path is needed: {args.pretrained_teacher_model} has no first stage."
 
     @property
     def facts(self) -> dict:
