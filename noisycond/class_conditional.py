@@ -57,9 +57,10 @@ def open_corruption(args, data: TrainingData) -> tuple[LabelCorruption, list[lis
         args.corruption_ratio == 0 or len(class_names) > 1,
         f"--corruption_ratio {args.corruption_ratio} needs at least two classes, but the dataset has one.",
     )
-    if args.streaming and args.corruption_ratio > 0 and args.corruption_mode == "fixed":
+    streaming = getattr(args, "streaming", False)
+    if streaming and args.corruption_ratio > 0 and args.corruption_mode == "fixed":
         require_ids(data.source, "--corruption_mode fixed")
-    if args.streaming and args.cep_gamma > 0 and args.cep_mode == "fixed":
+    if streaming and args.cep_gamma > 0 and args.cep_mode == "fixed":
         require_ids(data.source, "--cep_mode fixed")
     groups = read_class_groups(args.class_groups, class_names) if args.class_groups else None
     corruption = LabelCorruption(
@@ -69,7 +70,12 @@ def open_corruption(args, data: TrainingData) -> tuple[LabelCorruption, list[lis
 
 
 def label_conditions(
-    args, corruption: LabelCorruption, null_class: int, batch: dict, keys: torch.Tensor
+    args,
+    corruption: LabelCorruption,
+    null_class: int,
+    batch: dict,
+    keys: torch.Tensor,
+    known_as: torch.Tensor | None = None,
 ) -> tuple[dict, dict]:
     """The conditions of a batch of B examples: as the denoiser is trained with them, and as the data has them.
 
@@ -77,6 +83,7 @@ def label_conditions(
 
     Args:
         corruption: counts the batch. null_class: the label of no condition. keys [B]: int64, this step's keys.
+        known_as [K]: int64, the denoiser's labels of the dataset's classes; None: the same.
 
     Returns:
         Twice what [`noisycond.denoisers.ConditionalDenoiser`] takes: `class_labels` and `index`, int64 [B].
@@ -84,8 +91,12 @@ def label_conditions(
     labels = corruption(batch["class_labels"], batch["index"], batch["epoch"])
     corruption.count(batch["class_labels"], labels)
     dropped = randomness.bernoulli(args.seed, Purpose.CONDITION_DROPOUT, keys, args.conditioning_dropout_prob)
+    known_as = None if known_as is None else known_as.to(labels.device)
     corrupted, true = (
-        {"class_labels": each.masked_fill(dropped, null_class), "index": batch["index"]}
+        {
+            "class_labels": (each if known_as is None else known_as[each]).masked_fill(dropped, null_class),
+            "index": batch["index"],
+        }
         for each in (labels, batch["class_labels"])
     )
     return corrupted, true

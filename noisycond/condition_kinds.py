@@ -1,4 +1,5 @@
-"""Scripts that start from an existing pipeline have the flags of what it takes as a condition: class labels or captions."""
+"""The flags of scripts that start from an existing pipeline: those of what it takes as a condition, class labels or
+captions."""
 
 from collections.abc import Mapping
 from dataclasses import fields

@@ -11,7 +11,7 @@ from diffusers import DDIMScheduler, DiffusionPipeline, UNet2DConditionModel
 from noisycond.denoisers.conditional import ClassEncoder, ConditionalDenoiser
 from noisycond.denoisers.presets import Preset
 from noisycond.denoisers.unet import UNetBackbone
-from noisycond.errors import InputError, in_one_line, require
+from noisycond.errors import InputError, closest, in_one_line, require
 from noisycond.first_stage import FirstStage
 from noisycond.pipelines import LDMClassToImagePipeline
 
@@ -136,3 +136,38 @@ def check_latents(flag: str, name: str, unet: Mapping, first_stage: FirstStage, 
         f"--resolution is {resolution}, but must be a multiple of the first stage's factor {factor}.",
     )
     UNetBackbone.check(unet, resolution // factor, 0)
+
+
+def match_classes(class_names: list[str], theirs: list[str] | None, known: int, flag: str, name: str) -> list[int]:
+    """The labels that a pipeline has for the classes of a dataset, which may be some of its own.
+
+    Args:
+        class_names: the dataset's. theirs: the pipeline's K names, aliases separated by commas; None where nobody
+            says. known: K. flag, name: of the pipeline, for messages.
+
+    Raises:
+        InputError: a class that the pipeline does not know, or nobody says what its labels mean and the dataset has
+            another number of classes.
+    """
+    if theirs is None:
+        require(
+            len(class_names) == known,
+            f"{flag} {name}: it does not say what its {known} labels mean, and the dataset has {len(class_names)} "
+            "classes; give --base_class_names FILE, a class name per line in the order of its labels.",
+        )
+        return list(range(known))
+    require(
+        len(theirs) == known, f"--base_class_names has {len(theirs)} names, but {flag} {name} knows {known} classes."
+    )
+    places: dict[str, int] = {}
+    for label, aliases in enumerate(theirs):
+        for alias in (aliases, *aliases.split(",")):
+            places.setdefault(alias.strip(), label)
+    unknown = [own for own in class_names if own not in places]
+    require(
+        not unknown,
+        f"{flag} {name}: it does not know {len(unknown)} of the dataset's {len(class_names)} classes, for example "
+        f"{''.join(unknown[:1])!r}{closest(''.join(unknown[:1]), list(places))}; --base_class_names FILE says what "
+        "its labels mean.",
+    )
+    return [places[own] for own in class_names]

@@ -5,6 +5,7 @@ Letters: B examples, C latent channels, h × w their size, R the resolution, L t
 """
 
 from collections.abc import Sequence
+from types import ModuleType
 
 import torch
 from diffusers import ControlNetModel, ModelMixin, T2IAdapter, UNet2DConditionModel
@@ -13,7 +14,6 @@ from torch import nn
 from noisycond.denoisers.text import TextEmbedding
 from noisycond.errors import InputError, in_one_line
 from noisycond.lora import inject_lora, merged_state
-from noisycond.pipelines import LDMAdapter
 
 
 # Channels of the control encoder, of which every one after the first halves the side: as in the ControlNet paper's
@@ -102,7 +102,7 @@ class ControlNetBackbone(ControlledUNet):
 
 
 class AdapterBackbone(ControlledUNet):
-    """With a `T2IAdapter`, or the [`LDMAdapter`] of our pipelines."""
+    """With a `T2IAdapter` of diffusers or the `LDMAdapter` of our control pipelines."""
 
     def residuals(self, noisy, timesteps, context, control) -> dict:
         features = self.model(control)
@@ -157,22 +157,23 @@ def add_lora_to_controlnet(
         module.requires_grad_(True)
 
 
-def make_adapter(unet: UNet2DConditionModel, factor: int) -> T2IAdapter | LDMAdapter:
+def make_adapter(unet: UNet2DConditionModel, factor: int, module: ModuleType) -> ModelMixin:
     """A T2I-Adapter with new weights: that of diffusers where the features that it makes are of the sizes that the
-    U-Net adds, else [`LDMAdapter`].
+    U-Net adds, else the `LDMAdapter` of our control pipeline.
 
     Args:
-        factor: of the first stage.
+        factor: of the first stage. module: the control pipeline's.
 
     Raises:
         InputError: the U-Net has blocks of another kind.
     """
     try:
         with torch.device(unet.device):
-            if LDMAdapter.stock_fits(unet.config):
-                return T2IAdapter(
-                    in_channels=3, channels=list(unet.config.block_out_channels), downscale_factor=factor
-                )
-            return LDMAdapter.for_unet(unet.config, factor)
+            if module.stock_adapter_fits(unet):
+                channels = list(unet.config.block_out_channels)
+                return T2IAdapter(in_channels=3, channels=channels, downscale_factor=factor)
+            return module.LDMAdapter.for_unet(unet, factor)
     except ValueError as error:
-        raise InputError(f"--pretrained_model_name_or_path: no T2I-Adapter fits its U-Net ({error})") from error
+        raise InputError(
+            f"--pretrained_model_name_or_path: no T2I-Adapter fits its U-Net ({in_one_line(error)})."
+        ) from error
