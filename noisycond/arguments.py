@@ -534,25 +534,41 @@ DEFAULT_RANK = 4
 
 
 @dataclass
-class LoRAArguments(Arguments):
-    use_lora: bool = flag(False, "Train low-rank adapters of the denoiser (LoRA) instead of its weights; needs peft.")
+class LoRAShapeArguments(Arguments):
+    """What LoRA looks like, of a script that says in `wants_lora` whether there is one, and in `lora_switch` how it is
+    asked for."""
+
     rank: int = flag(DEFAULT_RANK, "Rank of the LoRA matrices.")
     lora_alpha: float | None = flag(None, "α of LoRA, whose updates are scaled by α/rank; the default is the rank.")
     lora_target_modules: list[str] = flag(
         [], "Modules that get LoRA, by the ends of their names; the default is to_k, to_q, to_v and to_out.0."
     )
+    lora_switch = "--use_lora"
+
+    @property
+    def wants_lora(self) -> bool:
+        raise NotImplementedError
 
     def __post_init__(self):
         super().__post_init__()
-        if not self.use_lora:
+        if not self.wants_lora:
             for name, default in (("rank", DEFAULT_RANK), ("lora_alpha", None), ("lora_target_modules", [])):
-                require(getattr(self, name) == default, f"--{name} has no effect without --use_lora; add it.")
+                require(getattr(self, name) == default, f"--{name} has no effect without {self.lora_switch}; add it.")
             return
         require(self.rank > 0, f"--rank is {self.rank}, but it must be positive.")
         require(
             self.lora_alpha is None or 0 < self.lora_alpha < math.inf,
             f"--lora_alpha is {self.lora_alpha}, but it must be a positive number.",
         )
+
+
+@dataclass
+class LoRAArguments(LoRAShapeArguments):
+    use_lora: bool = flag(False, "Train low-rank adapters of the denoiser (LoRA) instead of its weights; needs peft.")
+
+    @property
+    def wants_lora(self) -> bool:
+        return self.use_lora
 
 
 @dataclass

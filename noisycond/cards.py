@@ -195,6 +195,40 @@ def distillation_card(
     )
 
 
+def personalization_card(pipeline, adapter, args, result, code: str) -> ModelCard:
+    """The card of what controls a base, which is not in the folder: the card names it.
+
+    Args:
+        pipeline: the control pipeline. adapter: what was trained. code: how to load it from where it is published.
+    """
+    base, dataset = public_name(args.pretrained_model_name_or_path), _dataset(args)
+    baselines = ("input_perturbation", "embedding_dropout", "label_smoothing", "snr_gamma")
+    settings = {
+        "recipe": public_name(args.recipe or "none"),
+        "base": base,
+        "dataset": dataset,
+        "control": args.control_column,
+        "resolution": args.resolution,
+        "optimizer steps": result.step,
+        **({"LoRA": f"rank {args.rank}, merged"} if getattr(args, "wants_lora", False) else {}),
+        **_corruption_and_perturbation(args, result),
+        **{name.replace("_", " "): getattr(args, name) for name in baselines if getattr(args, name)},
+        "condition dropout": args.conditioning_dropout_prob,
+        "seed": args.seed,
+    }
+    kind = type(adapter).__name__
+    tags = ["controlnet" if "ControlNet" in kind else "t2i-adapter", "image-to-image", *_features(args)]
+    tags += ["class-conditional" if "class_labels" in code else "text-to-image"]
+    return _generator_card(
+        _front_matter([*tags, f"diffusers:{type(pipeline).__name__}"], "image-to-image", base),
+        f"# {kind} for {base}: {args.control_column} on {dataset}\n\nA {kind} ({args.control_column} images)",
+        "samples/final.png",
+        code,
+        "Each row: the control, the image that it was made from, and images drawn after it.",
+        settings,
+    )
+
+
 def distilled_call(args) -> str:
     """The arguments, beside the condition, of a call of a distilled pipeline."""
     steps, scale = args.validation_inference_steps, args.validation_guidance_scale

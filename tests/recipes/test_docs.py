@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import pytest
 from launching import ROOT, load_script
 
+from noisycond import condition_kinds
 from noisycond.arguments import Arguments, parse_arguments
 from noisycond.convert import ConvertArguments, with_flags
 from noisycond.evaluation.metrics import METRICS
@@ -44,7 +45,7 @@ SCRIPTS = {
 
 def arguments_class(script: str, argv: Sequence[str] = ()) -> type[Arguments]:
     module, name = load_script(script.removesuffix(".py")), SCRIPTS[script][0]
-    return module.arguments_class(list(argv)) if name is None else getattr(module, name)
+    return condition_kinds.arguments_class(list(argv), module.STARTED) if name is None else getattr(module, name)
 
 
 def commands(text: str) -> list[str]:

@@ -9,6 +9,7 @@ import torch
 import yaml
 from launching import load_script
 
+from noisycond import condition_kinds
 from noisycond.arguments import parse_arguments
 from noisycond.denoisers import build_denoiser, find_denoiser
 from noisycond.first_stage import FirstStage, open_first_stage
@@ -54,7 +55,11 @@ def parse(path: Path, *argv):
     if script == "evaluate_model":
         argv = [*argv, "--pipeline", "runs/demo"]
     module, argv = load_script(script), ["--recipe", name, *argv]
-    cls = module.arguments_class(argv) if SCRIPTS[script] is None else getattr(module, SCRIPTS[script])
+    cls = (
+        condition_kinds.arguments_class(argv, module.STARTED)
+        if SCRIPTS[script] is None
+        else getattr(module, SCRIPTS[script])
+    )
     return parse_arguments(cls, argv)
 
 
