@@ -1,5 +1,5 @@
-"""Adapter folders, which a personalization leaves: a ControlNet or a T2I-Adapter at the root, and in adapter.json what it
-is for. Here they become pipelines again, around their base.
+"""Adapter folders, which a personalization leaves: a ControlNet or a T2I-Adapter at the root, and in adapter.json what
+it is for. Here they become pipelines again, around their base.
 
 Letters: K classes of the base.
 """
