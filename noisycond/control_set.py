@@ -17,14 +17,13 @@ from torchvision.transforms.functional import to_pil_image
 
 from noisycond import sampling
 from noisycond.data.controlled import Controls
+from noisycond.data.controls import ANNOTATORS
 from noisycond.data.images import UNREADABLE, Transform
 from noisycond.data.sources import Digits, HuggingFaceDataset, ImageSource
 from noisycond.errors import InputError, in_one_line, require
 from noisycond.prompts import LABEL_COLUMN, Prompts
 
 
-# What control images can be made by, which is also what their columns are called.
-ANNOTATORS = ("canny", "mask", "sam")
 CONTROL_COLUMN, CAPTION_COLUMN = "canny", "caption"
 CONTROL_KEY = "control_file_name"  # of a metadata.jsonl beside drawn images; so `datasets` reads them as images too
 

@@ -221,8 +221,14 @@ def open_for_drawing(
         f"--base_pipeline has no effect on --pipeline {name}: it is a whole pipeline and no adapter; leave it off.",
     )
     if adapts:
-        check_kind(name, declared_kind(name), prompts, controls)
+        kind = declared_kind(name)
+        check_kind(name, kind, prompts, controls)
         pipeline = open_control_pipeline(name, args.base_pipeline)
+        other = "class labels" if kind.takes_prompts else "prompts"
+        require(
+            sampling.takes_prompts(pipeline) == kind.takes_prompts,
+            f"--base_pipeline {args.base_pipeline}: it draws from {other}, but --pipeline {name} is {kind.name}.",
+        )
     else:
         pipeline = sampling.open_pipeline(name, args.trust_remote_code)
         check_kind(name, Kind.of(type(pipeline)), prompts, controls)

@@ -21,13 +21,26 @@ from tqdm import tqdm
 from noisycond import randomness
 from noisycond.errors import InputError, closest, in_one_line, require
 from noisycond.first_stage import state_hash
-from noisycond.pipelines import LDMClassToImagePipeline, LDMTextToImagePipeline, OriginalDiTPipeline
+from noisycond.pipelines import (
+    LDMClassToImageControlPipeline,
+    LDMClassToImagePipeline,
+    LDMTextToImageControlPipeline,
+    LDMTextToImagePipeline,
+    OriginalDiTPipeline,
+)
 from noisycond.randomness import Purpose
 
 
 logger = logging.getLogger(__name__)
 OWN_PIPELINES = {
-    kind.__name__: kind for kind in (LDMClassToImagePipeline, LDMTextToImagePipeline, OriginalDiTPipeline)
+    kind.__name__: kind
+    for kind in (
+        LDMClassToImageControlPipeline,
+        LDMClassToImagePipeline,
+        LDMTextToImageControlPipeline,
+        LDMTextToImagePipeline,
+        OriginalDiTPipeline,
+    )
 }
 # What pipelines read of their scheduler beside its timesteps, and what they give to its `step`.
 USED_BY_PIPELINES = ("init_noise_sigma", "scale_model_input", "step")
