@@ -162,7 +162,10 @@ def _lock(making: Path, where: str, held: ExitStack) -> None:
     try:
         held.enter_context(lock.acquire(timeout=0))
     except Timeout:
-        raise InputError(f"{where}: another run is preparing it at this moment.") from None
+        raise InputError(
+            f"{where}: another run is preparing it at this moment; wait for it, or end its processes (a launcher that "
+            "was killed leaves them behind)."
+        ) from None
     except (OSError, NotImplementedError) as error:
         logger.debug("No lock %s: %s", lock.lock_file, error)
 
