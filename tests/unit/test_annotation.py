@@ -80,7 +80,7 @@ def test_an_image_without_masks_is_black():
 
 def sam(models, *words) -> AnnotationArguments:
     loose = ["--sam_pred_iou_thresh", 0, "--sam_stability_score_thresh", 0, "--sam_points_per_side", 2]
-    return arguments("--annotations", "sam", "--sam_model", models["sam"], *(loose if not words else words))
+    return arguments("--annotations", "sam", "--sam_model", models["sam"], *(words if words else loose))
 
 
 def test_sam_segments(models, digits):
