@@ -9,7 +9,7 @@ accelerate launch train_lcm_distill.py --recipe lcm_sd15_cc3m/cep_u     # LCM-v1
 """
 
 import sys
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -29,8 +29,6 @@ try:
         PerturbationArguments,
         StreamArguments,
         flag,
-        parse_arguments,
-        peek,
     )
     from noisycond.cards import (
         UNKNOWN_PLACE,
@@ -41,6 +39,7 @@ try:
         public_name,
     )
     from noisycond.class_conditional import ClassTeaching, SampleGridArguments
+    from noisycond.condition_kinds import CAPTIONS, LABELS, Started, parse_by_kind
     from noisycond.data.caption_options import CaptionCorruptionArguments, CaptionDataArguments
     from noisycond.denoisers.text_options import TextCacheArguments
     from noisycond.distillation import ConsistencyDistillation, guidance_embedding, guided
@@ -49,10 +48,10 @@ try:
     from noisycond.export import export_pipeline
     from noisycond.lora import how_to_load, save_lora
     from noisycond.processes import on_main
-    from noisycond.results import leave_results
+    from noisycond.results import LORA, leave_results
     from noisycond.run_folder import RunFolder, claim
     from noisycond.sharding import Layout
-    from noisycond.teachers import Teaching, kind_of_teacher
+    from noisycond.teachers import DOING, Teaching
     from noisycond.text_conditional import PromptGridArguments, TextTeaching
     from noisycond.training_state import AveragedWeights, require_whole_average
 except ModuleNotFoundError as error:
@@ -158,49 +157,21 @@ class TextLCMArguments(
         )
 
 
-ARGUMENTS = {"class labels": ClassLCMArguments, "captions": TextLCMArguments}
 TEACHINGS: dict[type[LCMArguments], type[Teaching]] = {
     ClassLCMArguments: ClassTeaching,
     TextLCMArguments: TextTeaching,
 }
-# Where the teachers of the miniatures come from, by recipe.
-MINIATURES = {
-    "digits_lcm": ("runs/digits-ldm", "train_class_cond.py --recipe digits_ldm"),
-    "digits_text_lcm": ("runs/digits-text", "train_text_to_image_corrupt.py --recipe digits_text"),
-}
-
-
-def arguments_class(argv: list[str] | None = None) -> type[LCMArguments]:
-    """Which flags a command line has: those of what its teacher takes as a condition. Of a teacher that cannot be
-    looked at, those that fit what is given, which parsing and opening then check.
-
-    Raises:
-        InputError: the teacher can be looked at and cannot be distilled, or a flag is for another kind of teacher.
-    """
-    said = peek(argv, list(ARGUMENTS.values()), "digits_lcm")
-    own = {kind: {item.name for item in fields(cls)} for kind, cls in ARGUMENTS.items()}
-    other = {"class labels": own["captions"] - own["class labels"], "captions": own["class labels"] - own["captions"]}
-    name = said.get("pretrained_teacher_model")
-    kind = kind_of_teacher(name, said.get("teacher_revision")) if name else None
-    if kind is None:
-        kind = "captions" if said.keys() & other["class labels"] else "class labels"
-    alien = sorted(said.keys() & other[kind])
-    require(not alien, f"--{''.join(alien[:1])} has no effect: --pretrained_teacher_model {name} takes {kind}.")
-    return ARGUMENTS[kind]
-
-
-def parse(argv: list[str] | None = None) -> LCMArguments:
-    """The arguments of a command line; see [`noisycond.arguments.parse_arguments`]."""
-    cls = arguments_class(argv)
-    default = "digits_text_lcm" if cls is TextLCMArguments else "digits_lcm"
-    args = parse_arguments(cls, argv, default_recipe=default)
-    teacher, script = MINIATURES.get(args.recipe, (None, None))
-    require(
-        teacher is None or "pretrained_teacher_model" in args.given or Path(teacher).is_dir(),
-        f"--pretrained_teacher_model {teacher}: the miniature's teacher is not there; train it with accelerate launch "
-        f"{script}, or name another.",
-    )
-    return args
+STARTED = Started(
+    flag="pretrained_teacher_model",
+    revision="teacher_revision",
+    classes={LABELS: ClassLCMArguments, CAPTIONS: TextLCMArguments},
+    recipes={LABELS: "digits_lcm", CAPTIONS: "digits_text_lcm"},
+    miniatures={
+        "digits_lcm": ("runs/digits-ldm", "train_class_cond.py --recipe digits_ldm"),
+        "digits_text_lcm": ("runs/digits-text", "train_text_to_image_corrupt.py --recipe digits_text"),
+    },
+    doing=DOING,
+)
 
 
 def rehearse(args: LCMArguments) -> None:
@@ -300,13 +271,13 @@ def export(args: LCMArguments, teaching: Teaching, student, run: RunFolder, resu
         how_to_load=code,
         evaluation=evaluation,
         repo_id=repo_id,
-        adapters=args.use_lora,
+        **LORA if args.use_lora else {},
     )
 
 
 @one_sentence_errors
 def main(argv: list[str] | None = None) -> None:
-    args = parse(argv)
+    args = parse_by_kind(argv, STARTED)
     require_whole_average(Layout.of_this_launch().kind in ("fsdp", "zero"))
     if args.dry_run:
         return rehearse(args)

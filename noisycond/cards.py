@@ -1,10 +1,10 @@
-"""Model cards: what was trained, with which corruption and CEP, and how to load it."""
+"""Cards: what was trained, with which corruption and CEP, and how to load it; of datasets, their columns."""
 
 import inspect
 from collections.abc import Sequence
 from pathlib import Path
 
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import DatasetCard, ModelCard, ModelCardData
 
 from noisycond.data.shard_names import redacted
 
@@ -120,6 +120,39 @@ first_stage = {model_class}.from_pretrained("{repo_id or UNKNOWN_PLACE}")
     )
 
 
+def dataset_card(title: str, columns: dict[str, str], settings: dict[str, object], below: str = "") -> DatasetCard:
+    """The card of a prepared dataset.
+
+    Args:
+        columns: what each column holds. settings: see [`model_card`]. below: what is said under the tables.
+    """
+    listed = "| column | what |\n| --- | --- |\n" + "".join(
+        f"| `{name}` | {what} |\n" for name, what in columns.items()
+    )
+    return DatasetCard(
+        f"""---
+tags:
+- noisycond
+- controlnet
+---
+# {title}
+
+Prepared with noisycond.
+
+```py
+from datasets import load_from_disk
+
+dataset = load_from_disk("{UNKNOWN_PLACE}")
+```
+
+{listed}
+{_table(settings)}
+
+{below}
+"""
+    )
+
+
 def class_conditional_card(pipeline, args, class_names: Sequence[str], result, repo_id: str | None) -> ModelCard:
     """The card of a run: recipe, data, model, corruption and CEP.
 
@@ -191,6 +224,40 @@ def distillation_card(
         "samples/final.png",
         code,
         "The samples, row by row: " + "; ".join(prompts),
+        settings,
+    )
+
+
+def personalization_card(pipeline, adapter, args, result, code: str) -> ModelCard:
+    """The card of what controls a base, which is not in the folder: the card names it.
+
+    Args:
+        pipeline: the control pipeline. adapter: what was trained. code: how to load it from where it is published.
+    """
+    base, dataset = public_name(args.pretrained_model_name_or_path), _dataset(args)
+    baselines = ("input_perturbation", "embedding_dropout", "label_smoothing", "snr_gamma")
+    settings = {
+        "recipe": public_name(args.recipe or "none"),
+        "base": base,
+        "dataset": dataset,
+        "control": args.control_column,
+        "resolution": args.resolution,
+        "optimizer steps": result.step,
+        **({"LoRA": f"rank {args.rank}, merged"} if getattr(args, "wants_lora", False) else {}),
+        **_corruption_and_perturbation(args, result),
+        **{name.replace("_", " "): getattr(args, name) for name in baselines if getattr(args, name)},
+        "condition dropout": args.conditioning_dropout_prob,
+        "seed": args.seed,
+    }
+    kind = type(adapter).__name__
+    tags = ["controlnet" if "ControlNet" in kind else "t2i-adapter", "image-to-image", *_features(args)]
+    tags += ["class-conditional" if "class_labels" in code else "text-to-image"]
+    return _generator_card(
+        _front_matter([*tags, f"diffusers:{type(pipeline).__name__}"], "image-to-image", base),
+        f"# {kind} for {base}: {args.control_column} on {dataset}\n\nA {kind} ({args.control_column} images)",
+        "samples/final.png",
+        code,
+        "Each row: the control, the image that it was made from, and images drawn after it.",
         settings,
     )
 

@@ -20,6 +20,12 @@ from noisycond.data.corruption_map import save_corruption_map
 from noisycond.data.opening import TrainingData, open_batches, open_training_data
 from noisycond.data.streams import require_ids
 from noisycond.denoisers import ConditionalDenoiser
+from noisycond.denoisers.class_pipelines import (
+    ClassPipelineSource,
+    check_latents,
+    empty_denoiser,
+    lacks_a_first_stage,
+)
 from noisycond.errors import InputError, require
 from noisycond.evaluation.in_training import TrainingEvaluation
 from noisycond.export import class_pipeline, export_pipeline
@@ -51,9 +57,10 @@ def open_corruption(args, data: TrainingData) -> tuple[LabelCorruption, list[lis
         args.corruption_ratio == 0 or len(class_names) > 1,
         f"--corruption_ratio {args.corruption_ratio} needs at least two classes, but the dataset has one.",
     )
-    if args.streaming and args.corruption_ratio > 0 and args.corruption_mode == "fixed":
+    streaming = getattr(args, "streaming", False)
+    if streaming and args.corruption_ratio > 0 and args.corruption_mode == "fixed":
         require_ids(data.source, "--corruption_mode fixed")
-    if args.streaming and args.cep_gamma > 0 and args.cep_mode == "fixed":
+    if streaming and args.cep_gamma > 0 and args.cep_mode == "fixed":
         require_ids(data.source, "--cep_mode fixed")
     groups = read_class_groups(args.class_groups, class_names) if args.class_groups else None
     corruption = LabelCorruption(
@@ -63,7 +70,12 @@ def open_corruption(args, data: TrainingData) -> tuple[LabelCorruption, list[lis
 
 
 def label_conditions(
-    args, corruption: LabelCorruption, null_class: int, batch: dict, keys: torch.Tensor
+    args,
+    corruption: LabelCorruption,
+    null_class: int,
+    batch: dict,
+    keys: torch.Tensor,
+    known_as: torch.Tensor | None = None,
 ) -> tuple[dict, dict]:
     """The conditions of a batch of B examples: as the denoiser is trained with them, and as the data has them.
 
@@ -71,6 +83,7 @@ def label_conditions(
 
     Args:
         corruption: counts the batch. null_class: the label of no condition. keys [B]: int64, this step's keys.
+        known_as [K]: int64, the denoiser's labels of the dataset's classes; None: the same.
 
     Returns:
         Twice what [`noisycond.denoisers.ConditionalDenoiser`] takes: `class_labels` and `index`, int64 [B].
@@ -78,8 +91,12 @@ def label_conditions(
     labels = corruption(batch["class_labels"], batch["index"], batch["epoch"])
     corruption.count(batch["class_labels"], labels)
     dropped = randomness.bernoulli(args.seed, Purpose.CONDITION_DROPOUT, keys, args.conditioning_dropout_prob)
+    known_as = None if known_as is None else known_as.to(labels.device)
     corrupted, true = (
-        {"class_labels": each.masked_fill(dropped, null_class), "index": batch["index"]}
+        {
+            "class_labels": (each if known_as is None else known_as[each]).masked_fill(dropped, null_class),
+            "index": batch["index"],
+        }
         for each in (labels, batch["class_labels"])
     )
     return corrupted, true
@@ -136,7 +153,7 @@ class ClassTeaching(teachers.Teaching):
         self.tally, self.groups = open_corruption(args, self.data)
         self.teacher, autoencoder = teachers.open_teacher(source, self.class_names)
         self.first_stage = cls._first_stage(args, autoencoder)
-        teachers.check_latents(source.name, source.unet, self.first_stage, args.resolution)
+        check_latents(source.flag, source.name, source.unet, self.first_stage, args.resolution)
         self.latents = teachers.Latents(self.first_stage.latent_channels, self.first_stage.factor, "first stage")
         return self
 
@@ -150,16 +167,18 @@ class ClassTeaching(teachers.Teaching):
         try:
             first_stage, *latents = dry_run.latents_of(args, source.latents_of(args.resolution), own)
         except InputError:
-            require(args.pretrained_vae_model_name_or_path is not None, cls._lacks_a_first_stage(args))
+            require(
+                args.pretrained_vae_model_name_or_path is not None, lacks_a_first_stage(args.pretrained_teacher_model)
+            )
             raise
         self.first_stage, self.latents = first_stage, teachers.Latents(*latents)
         self.class_names = dry_run.class_names_of(args, self.data)
         teachers.check_data(source, self.class_names)
         with torch.device("meta"):
-            self.teacher = teachers.empty_teacher(source, len(self.class_names)).requires_grad_(False)
+            self.teacher = empty_denoiser(source, len(self.class_names)).requires_grad_(False)
         return self
 
-    def _take(self, args, source: teachers.TeacherSource) -> None:
+    def _take(self, args, source: ClassPipelineSource) -> None:
         self.args, self.prediction_type = args, source.prediction_type
         self.scheduler = teachers.lcm_scheduler(
             source.scheduler, args.num_ddim_timesteps, args.timestep_scaling_factor
@@ -170,12 +189,8 @@ class ClassTeaching(teachers.Teaching):
         """The first stage that the flags name, or else the teacher's own."""
         if args.pretrained_vae_model_name_or_path is not None:
             return open_first_stage(args.pretrained_vae_model_name_or_path, args.seed)
-        require(autoencoder is not None, ClassTeaching._lacks_a_first_stage(args))
+        require(autoencoder is not None, lacks_a_first_stage(args.pretrained_teacher_model))
         return taken_from(autoencoder, dict(autoencoder.config), args.pretrained_teacher_model, args.seed)
-
-    @staticmethod
-    def _lacks_a_first_stage(args) -> str:
-        return f"--pretrained_vae_model_name_or_path is needed: {args.pretrained_teacher_model} has no first stage."
 
     @property
     def facts(self) -> dict:

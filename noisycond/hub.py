@@ -23,7 +23,13 @@ logger = logging.getLogger(__name__)
 AnswerT = TypeVar("AnswerT")
 # What is pushed beside the weights. Not run.json, which tells paths of this machine; never checkpoints and logs.
 BESIDE_WEIGHTS = ("README.md", "samples/*.png", "loss.png", "corruption.json", "reconstruction.json")
-ADAPTERS = ("pytorch_lora_weights.safetensors", "adapter_config.json", "adapter_model.safetensors")
+ADAPTERS = (
+    "pytorch_lora_weights.safetensors",
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "adapter.json",
+    "pipeline.py",
+)
 TOKENS = "https://huggingface.co/settings/tokens"
 
 

@@ -23,19 +23,35 @@ ADAPTER = "default"
 def add_lora(
     denoiser: ConditionalDenoiser, rank: int, alpha: float | None = None, target_modules: Sequence[str] = ()
 ) -> None:
-    """Freezes the denoiser and adds W + (α/r) B A to the weights W of its projections: A [r, in] is drawn from torch's
+    """Freezes the denoiser and adds LoRA to its projections, see [`inject_lora`]; its text encoder is left as it is.
+
+    Args:
+        denoiser: around a model of diffusers.
+    """
+    denoiser.backbone.requires_grad_(False)
+    inject_lora(denoiser.backbone.model, rank, alpha, target_modules)
+
+
+def inject_lora(
+    model: ModelMixin,
+    rank: int,
+    alpha: float | None = None,
+    target_modules: Sequence[str] = (),
+    switch: str = "--use_lora",
+) -> None:
+    """Freezes a model and adds W + (α/r) B A to the weights W of its projections: A [r, in] is drawn from torch's
     generator with standard deviation 1/r and B [out, r] starts at 0, so that nothing changes at first. A and B are
     float32.
 
     Args:
-        denoiser: around a model of diffusers; its text encoder is left as it is.
+        model: of diffusers.
         rank: r. alpha: α; None: r.
         target_modules: the ends of the names of the layers to adapt; none: those of [`ATTENTION`].
+        switch: what asked for it, for messages.
 
     Raises:
         InputError: the model has no such layers, one of them cannot be adapted, or peft is not installed.
     """
-    model = denoiser.backbone.model
     names = [name for name, _ in model.named_modules()]
     missing = [end for end in target_modules or ATTENTION if not any(_ends(name, end) for name in names)]
     kind = type(model).__name__
@@ -45,14 +61,14 @@ def add_lora(
     )
     require(
         len(missing) < len(ATTENTION),
-        f"--use_lora: the {kind} has no attention that LoRA of rank {rank} could adapt (layers named "
+        f"{switch}: the {kind} has no attention that LoRA of rank {rank} could adapt (layers named "
         f"{', '.join(ATTENTION)}); name other layers with --lora_target_modules.",
     )
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ModuleNotFoundError as error:
         raise InputError(
-            "--use_lora needs peft, which is not installed; run: pip install peft (or .[lora] in the checkout)"
+            f"{switch} needs peft, which is not installed; run: pip install peft (or .[lora] in the checkout)"
         ) from error
     config = LoraConfig(
         r=rank,
@@ -60,7 +76,7 @@ def add_lora(
         init_lora_weights="gaussian",
         target_modules=list(target_modules or ATTENTION),
     )
-    denoiser.backbone.requires_grad_(False)
+    model.requires_grad_(False)
     try:
         if hasattr(model, "add_adapter"):
             model.add_adapter(config, ADAPTER)
@@ -71,6 +87,20 @@ def add_lora(
     for value in model.parameters():
         if value.requires_grad:
             value.data = value.data.float()
+
+
+def merged_state(model: ModelMixin) -> dict[str, torch.Tensor]:
+    """A model's weights with its LoRA, if it has one, merged in: W + (α/r) B A under the name of W."""
+    state = model.state_dict()
+    if not any(".lora_" in name for name in state):
+        return state
+    from peft.tuners.lora import LoraLayer
+
+    merged = {name.replace(".base_layer.", "."): value for name, value in state.items() if ".lora_" not in name}
+    for name, module in model.named_modules():
+        if isinstance(module, LoraLayer):
+            merged[f"{name}.weight"] = merged[f"{name}.weight"] + module.get_delta_weight(ADAPTER)
+    return merged
 
 
 def has_lora(model: ModelMixin) -> bool:

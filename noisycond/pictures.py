@@ -18,6 +18,26 @@ def image_grid(images: Sequence[Image.Image], columns: int, gap: int = 2, scale:
     return grid
 
 
+def control_grid(
+    controls: Sequence[Image.Image],
+    targets: Sequence[Image.Image] | None,
+    results_per_row: Sequence[Sequence[Image.Image]],
+    scale: int = 1,
+) -> Image.Image:
+    """A row per control: the control image, the real image that it was made from, and the images drawn after it.
+
+    Args:
+        controls: one per row. targets: one per row, or None where the real images are not known.
+        results_per_row: for each control as many images, all of one size, in which controls and targets are shown.
+        scale: see [`image_grid`].
+    """
+    size = results_per_row[0][0].size
+    beside = [controls] if targets is None else [controls, targets]
+    rows = [[*given, *results] for *given, results in zip(*beside, results_per_row, strict=True)]
+    shown = [image.convert("RGB").resize(size, Image.Resampling.NEAREST) for row in rows for image in row]
+    return image_grid(shown, len(rows[0]), scale=scale)
+
+
 def plot_over_steps(rows: Sequence[dict], folder: Path) -> None:
     """A panel per metric over training steps, to evaluation.png in a folder.
 

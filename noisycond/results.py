@@ -43,6 +43,9 @@ def draw_grid(
         pictures.image_grid(images, per_row, scale=scale).save(path)
 
 
+LORA = {"left": "LoRA weights", "needs": "diffusers and peft are"}
+
+
 def leave_results(
     pipeline: DiffusionPipeline,
     args,
@@ -53,15 +56,16 @@ def leave_results(
     how_to_load: str,
     evaluation: AtTheEnd | None = None,
     repo_id: str | None = None,
-    adapters: bool = False,
+    left: str = "Pipeline",
+    needs: str = "diffusers is",
 ) -> None:
     """Writes loss curve, what was counted and what was trained, measures it where that was asked for, says where all
     this lies, and pushes it.
 
     Args:
         args: a training script's, with `hub_private_repo`. write: writes what was trained, and its card, into the
-            run's folder. how_to_load: code. repo_id: where it is pushed to; None pushes nothing. adapters: whether
-            LoRA weights are left instead of a pipeline.
+            run's folder. how_to_load: code. repo_id: where it is pushed to; None pushes nothing. left: what is left,
+            needs: what it takes to load it, in words.
     """
     with writing(f"--output_dir {run.path}", "the pipeline (its last checkpoint is whole)"):
         pictures.plot_loss(run.read_log(), run.path / "loss.png")
@@ -71,8 +75,8 @@ def leave_results(
             evaluation.at_the_end(pipeline, run, result.step)
     print(
         f"\nSamples: {run.samples / 'final.png'}\nLoss curve: {run.path / 'loss.png'}\n"
-        f"{'LoRA weights' if adapters else 'Pipeline'}: {run.path}\n\n"
-        f"Load it where only diffusers{' and peft are' if adapters else ' is'} installed:\n\n"
+        f"{left}: {run.path}\n\n"
+        f"Load it where only {needs} installed:\n\n"
         f"{textwrap.indent(how_to_load, '    ')}\n"
     )
     if repo_id is not None:

@@ -47,6 +47,7 @@ MAY_CHANGE = {
     "validation_images_per_class",
     "validation_prompts",
     "num_validation_images",
+    "control_check_steps",
     "eval_steps",
     "eval_num_images",
     "eval_metrics",
@@ -58,6 +59,8 @@ MAY_CHANGE = {
     "eval_prompt_column",
     "eval_prompt_split",
     "eval_clip_model",
+    "eval_controls",
+    "eval_controls_split",
     "dataloader_num_workers",
     "cpu_threads_per_process",
     "cache_dir",
@@ -81,6 +84,8 @@ MAY_CHANGE = {
     "caption_rewriter",
     "pretrained_teacher_model",  # its weights and configuration are compared
     "teacher_revision",
+    "revision",
+    "base_class_names",  # the labels that they give are compared
     "num_classes",  # the classes themselves are compared
     "dry_run",
     "class_groups",  # the groups themselves are compared
@@ -134,6 +139,8 @@ OWNED = (
     "pytorch_lora_weights.safetensors",
     "adapter_config.json",
     "adapter_model.safetensors",
+    "adapter.json",
+    "pipeline.py",
     ".export.tmp",
 )
 

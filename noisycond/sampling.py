@@ -21,13 +21,26 @@ from tqdm import tqdm
 from noisycond import randomness
 from noisycond.errors import InputError, closest, in_one_line, require
 from noisycond.first_stage import state_hash
-from noisycond.pipelines import LDMClassToImagePipeline, LDMTextToImagePipeline, OriginalDiTPipeline
+from noisycond.pipelines import (
+    LDMClassToImageControlPipeline,
+    LDMClassToImagePipeline,
+    LDMTextToImageControlPipeline,
+    LDMTextToImagePipeline,
+    OriginalDiTPipeline,
+)
 from noisycond.randomness import Purpose
 
 
 logger = logging.getLogger(__name__)
 OWN_PIPELINES = {
-    kind.__name__: kind for kind in (LDMClassToImagePipeline, LDMTextToImagePipeline, OriginalDiTPipeline)
+    kind.__name__: kind
+    for kind in (
+        LDMClassToImageControlPipeline,
+        LDMClassToImagePipeline,
+        LDMTextToImageControlPipeline,
+        LDMTextToImagePipeline,
+        OriginalDiTPipeline,
+    )
 }
 # What pipelines read of their scheduler beside its timesteps, and what they give to its `step`.
 USED_BY_PIPELINES = ("init_noise_sigma", "scale_model_input", "step")
@@ -36,6 +49,8 @@ STEP = ("model_output", "timestep", "sample")
 TEXT_TO_IMAGE = ("prompt", "guidance_scale", "num_inference_steps", "generator")
 # Arguments that show that a pipeline which takes a prompt draws from more than that, or draws no images.
 MORE_THAN_A_PROMPT = ("image", "images", "mask_image", "control_image", "video", "num_frames", "audio_length_in_s")
+# What makes pipelines obey control images; each has a scale of its own in their call.
+CONTROLLING = ("controlnet", "adapter")
 
 
 def balanced_labels(count: int, num_classes: int) -> torch.LongTensor:
@@ -53,12 +68,41 @@ def takes_prompts(pipeline: DiffusionPipeline | type[DiffusionPipeline]) -> bool
     return "prompt" in _parameters(pipeline)
 
 
+def takes_controls(pipeline: DiffusionPipeline | type[DiffusionPipeline]) -> bool:
+    """Whether a pipeline, or those of a class, draws each image after a control image too."""
+    takes = _parameters(pipeline)
+    return "image" in takes and any(f"{name}_conditioning_scale" in takes for name in CONTROLLING)
+
+
+def number_of_controls(pipeline: DiffusionPipeline) -> int:
+    """How many control images an image is drawn after: as many as the pipeline has ControlNets or adapters."""
+    model = next((model for _, model in _controlling(pipeline)), None)
+    several = getattr(model, "nets", None) or getattr(model, "adapters", None) or model
+    return len(several) if isinstance(several, (list, tuple, torch.nn.ModuleList)) else int(model is not None)
+
+
+def _controlling(pipeline: DiffusionPipeline) -> list[tuple[str, object]]:
+    """The components of a pipeline that read control images, by name."""
+    takes = _parameters(pipeline)
+    found = [(name, getattr(pipeline, name, None)) for name in CONTROLLING if f"{name}_conditioning_scale" in takes]
+    return [(name, model) for name, model in found if model is not None]
+
+
 def _parameters(pipeline: DiffusionPipeline | type[DiffusionPipeline]) -> set[str]:
     return set(inspect.signature(pipeline.__call__).parameters)
 
 
-def _call(pipeline: DiffusionPipeline, conditions: Sequence[int | str], **options) -> list:
+def _call(
+    pipeline: DiffusionPipeline,
+    conditions: Sequence[int | str],
+    *,
+    controls: Sequence[Image.Image] | None = None,
+    conditioning_scale: float = 1.0,
+    **options,
+) -> list:
     """What a pipeline returns as images."""
+    if controls is not None:
+        options |= _control_options(pipeline, controls, conditioning_scale)
     if not takes_prompts(pipeline):
         return pipeline([int(label) for label in conditions], **options).images
     if "use_resolution_binning" in _parameters(pipeline):
@@ -66,6 +110,17 @@ def _call(pipeline: DiffusionPipeline, conditions: Sequence[int | str], **option
         # size need no mapping.
         options["use_resolution_binning"] = False
     return pipeline(prompt=[str(prompt) for prompt in conditions], **options).images
+
+
+def _control_options(pipeline: DiffusionPipeline, controls: Sequence[Image.Image], conditioning_scale: float) -> dict:
+    """What a pipeline's call takes for one control image per image."""
+    (name, model), side = _controlling(pipeline)[0], image_size(pipeline)
+    # Some T2I-Adapters for edges read grey images; what else there is reads RGB.
+    mode = "L" if name == "adapter" and model.config.get("in_channels") == 1 else "RGB"
+    options = {"image": [control.convert(mode) for control in controls]}
+    options[f"{name}_conditioning_scale"] = float(conditioning_scale)  # ControlNet's refuses whole numbers
+    # Else stock pipelines make images of the first control's size.
+    return options | ({"height": side, "width": side} if "height" in _parameters(pipeline) else {})
 
 
 def sample(
@@ -76,6 +131,8 @@ def sample(
     seed: int,
     guidance_scale: float,
     num_inference_steps: int,
+    controls: Sequence[Image.Image] | None = None,
+    conditioning_scale: float = 1.0,
 ) -> list[Image.Image]:
     """One batch of images.
 
@@ -83,7 +140,11 @@ def sample(
         pipeline: a class-conditional pipeline (`DiTPipeline`, `LDMClassToImagePipeline`) or a text-to-image one.
         conditions: a class label or a prompt per image, as the pipeline takes them.
         numbers: each image's number, from which, with the seed, its noise is drawn.
+        controls: of a pipeline that [`takes_controls`], a control image per image, RGB, of any size.
+        conditioning_scale: what the residuals of the ControlNet, or the features of the adapter, are multiplied by.
     """
+    if controls is not None and len(controls) != len(conditions):
+        raise ValueError(f"there are {len(controls)} controls for {len(conditions)} images")
     generators = [randomness.generator_for(seed, Purpose.SAMPLING, int(number)) for number in numbers]
     return _call(
         pipeline,
@@ -91,6 +152,8 @@ def sample(
         guidance_scale=guidance_scale,
         generator=generators,
         num_inference_steps=num_inference_steps,
+        controls=controls,
+        conditioning_scale=conditioning_scale,
     )
 
 
@@ -101,14 +164,20 @@ def class_rows(num_classes: int, per_class: int, limit: int = 10) -> list[int]:
 
 
 def sample_all(
-    pipeline: DiffusionPipeline, conditions: Sequence[int] | Sequence[str], *, batch_size: int = 50, **settings
+    pipeline: DiffusionPipeline,
+    conditions: Sequence[int] | Sequence[str],
+    *,
+    batch_size: int = 50,
+    controls: Sequence[Image.Image] | None = None,
+    **settings,
 ) -> list[Image.Image]:
-    """Images 0 to N - 1 with these class labels or prompts, in batches, with a progress bar; the settings are those
-    of [`sample`]."""
+    """Images 0 to N - 1 with these class labels or prompts, and control images where there are some, in batches, with
+    a progress bar; the settings are those of [`sample`]."""
     images: list[Image.Image] = []
     for first in tqdm(range(0, len(conditions), batch_size), desc="sampling", unit="batch"):
         batch = conditions[first : first + batch_size]
-        images += sample(pipeline, batch, range(first, first + len(batch)), **settings)
+        of_batch = None if controls is None else controls[first : first + batch_size]
+        images += sample(pipeline, batch, range(first, first + len(batch)), controls=of_batch, **settings)
     return images
 
 
@@ -121,6 +190,8 @@ def sample_from_noise(
     num_inference_steps: int,
     output_type: str = "pil",
     step_seed: int | None = None,
+    controls: Sequence[Image.Image] | None = None,
+    conditioning_scale: float = 1.0,
 ):
     """Images that start from given noise, with the pipeline's own sampling loop.
 
@@ -128,6 +199,7 @@ def sample_from_noise(
         conditions: a class label or a prompt per image. noise [N, C, h, w]: float32, of variance 1.
         output_type: one of the pipeline's.
         step_seed: for a scheduler that adds noise in its steps: it is drawn from this seed, the same for each image.
+        controls, conditioning_scale: as of [`sample`].
 
     Returns:
         What the pipeline returns as images, a list for `pil`.
@@ -136,7 +208,7 @@ def sample_from_noise(
         RuntimeError: the pipeline takes no `latents`, and its first noise is not drawn as in diffusers' `DiTPipeline`.
     """
     options = {"guidance_scale": guidance_scale, "num_inference_steps": num_inference_steps}
-    options["output_type"] = output_type
+    options |= {"output_type": output_type, "controls": controls, "conditioning_scale": conditioning_scale}
     if step_seed is not None:
         options["generator"] = [randomness.generator_for(step_seed, Purpose.LATENT_WALK, 0) for _ in conditions]
     if "latents" in _parameters(pipeline):
@@ -211,7 +283,8 @@ def open_pipeline(name_or_path: str, trust_remote_code: bool = False) -> Diffusi
     A safety checker is left out, with a warning: it puts black images in the place of some, which metrics would count.
 
     Raises:
-        InputError: there is none, or it takes neither class labels nor prompts alone.
+        InputError: there is none, or it takes neither class labels nor prompts, or takes more than these and control
+            images.
     """
     with _opening(name_or_path):
         kind = OWN_PIPELINES.get(pipeline_class_name(name_or_path), DiffusionPipeline)
@@ -227,7 +300,7 @@ def declared_class(name_or_path: str) -> type | None:
     """The class that a folder's or Hub id's index declares; None where that is not known before its code is run.
 
     Raises:
-        InputError: there is no index, it is damaged, or the class takes neither class labels nor prompts alone.
+        InputError: there is no index, it is damaged, or the class cannot be drawn from; see [`open_pipeline`].
     """
     with _opening(name_or_path):
         name = pipeline_class_name(name_or_path)
@@ -270,7 +343,7 @@ def _refuse_other_conditions(kind: type[DiffusionPipeline], name_or_path: str) -
     if "class_labels" in takes:
         return
     require("prompt" in takes, f"{said} does not take class labels, nor prompts.")
-    more = [name for name in MORE_THAN_A_PROMPT if name in takes]
+    more = [name for name in MORE_THAN_A_PROMPT if name in takes and not (name == "image" and takes_controls(kind))]
     require(not more, f"{said} draws no images from prompts alone: it takes `{more[0] if more else ''}` too.")
     lacking = [name for name in TEXT_TO_IMAGE if name not in takes]
     require(not lacking, f"{said} cannot be drawn from: it does not take `{lacking[0] if lacking else ''}`.")
@@ -411,7 +484,7 @@ def known_classes(pipeline: DiffusionPipeline) -> int | None:
     The stock pipeline drops `id2label` when it saves; the rows of a smaller model's table that are filled with the
     null embedding (the last row) are no classes then either.
     """
-    if isinstance(pipeline, LDMClassToImagePipeline):
+    if getattr(pipeline, "class_embedder", None) is not None:
         return pipeline.class_embedder.null_class
     if not isinstance(getattr(pipeline, "transformer", None), DiTTransformer2DModel):
         return None

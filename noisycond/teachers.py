@@ -13,10 +13,18 @@ from accelerate import Accelerator
 from diffusers import DiffusionPipeline, LCMScheduler, UNet2DConditionModel
 from torch import nn
 
+from noisycond.condition_kinds import LABELS, require_kind
 from noisycond.data.batches import Batches
 from noisycond.data.opening import TrainingData
 from noisycond.denoisers import ClassEncoder, ConditionalDenoiser
-from noisycond.denoisers.presets import Preset
+from noisycond.denoisers.class_pipelines import (
+    ClassPipelineSource,
+    declared_class_name,
+    find_class_pipeline,
+    frozen_denoiser,
+    open_class_pipeline,
+    pipeline_index,
+)
 from noisycond.denoisers.unet import UNetBackbone
 from noisycond.errors import InputError, in_one_line, require
 from noisycond.evaluation.in_training import TrainingEvaluation
@@ -24,18 +32,12 @@ from noisycond.first_stage import FirstStage
 from noisycond.lora import add_lora
 from noisycond.objective import PREDICTION_TYPES
 from noisycond.perturbation import ConditionEmbeddingPerturbation
-from noisycond.pipelines import LDMClassToImagePipeline
 from noisycond.run_folder import RunFolder
 from noisycond.training_state import Tally
 
 
 FLAG = "--pretrained_teacher_model"
-# What the teachers that can be distilled take as a condition, by the class that their index names.
-KINDS = {
-    "LDMClassToImagePipeline": "class labels",
-    "StableDiffusionPipeline": "captions",
-    "LDMTextToImagePipeline": "captions",
-}
+DOING = "distilled"
 
 
 @dataclass
@@ -139,72 +141,6 @@ class Teaching(ABC):
         """Draws a sample grid and saves it as a PNG."""
 
 
-@dataclass
-class TeacherSource:
-    """What `--pretrained_teacher_model` named, by its configuration alone.
-
-    Attributes:
-        name, revision: a folder or Hub id, and its revision there.
-        unet: the U-Net's configuration. scheduler: that of the pipeline's scheduler.
-        class_names: of K classes; None where the pipeline does not name them.
-    """
-
-    name: str
-    revision: str | None
-    unet: dict
-    scheduler: dict
-    class_names: list[str] | None = None
-
-    def latents_of(self, resolution: int) -> Preset:
-        """Channels and factor of the latents by the U-Net's configuration, where the first stage is not at hand."""
-        return Preset(
-            latent_channels=self.unet["in_channels"], factor=max(1, resolution // (self.unet.get("sample_size") or 1))
-        )
-
-    @property
-    def prediction_type(self) -> str:
-        return self.scheduler.get("prediction_type", "epsilon")
-
-
-def _index(name: str, revision: str | None) -> dict:
-    at = {} if revision is None else {"revision": revision}
-    try:
-        return DiffusionPipeline.load_config(name, **at)
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"{FLAG} {name}: neither a folder nor a Hub id of a pipeline ({in_one_line(error)})."
-        ) from error
-
-
-def kind_of_teacher(name: str, revision: str | None = None) -> str | None:
-    """What a pipeline, a folder or Hub id, takes as a condition, by its index: `class labels` or `captions`; None
-    where there is no index.
-
-    Raises:
-        InputError: it cannot be a teacher here.
-    """
-    try:
-        index = _index(name, revision)
-    except InputError:
-        return None
-    kind = _class_name(index)
-    require(
-        kind in KINDS,
-        f"{FLAG} {name}: a {kind} cannot be distilled here, only a U-Net of one condition: {', '.join(KINDS)}.",
-    )
-    return KINDS[kind]
-
-
-def require_kind(name: str, class_name: str, kind: str) -> None:
-    """Raises InputError unless a pipeline of this class can be a teacher and takes this kind of condition."""
-    require(KINDS.get(class_name) == kind, f"{FLAG} {name}: a {class_name} cannot be distilled here by its {kind}.")
-
-
-def _class_name(index: Mapping) -> str:
-    declared = index.get("_class_name")
-    return declared[-1] if isinstance(declared, (list, tuple)) else declared
-
-
 def require_prediction_type(name: str, prediction_type: str) -> None:
     """Raises InputError for what a distillation cannot follow."""
     require(
@@ -213,28 +149,14 @@ def require_prediction_type(name: str, prediction_type: str) -> None:
     )
 
 
-def find_teacher(name: str, revision: str | None = None) -> TeacherSource:
+def find_teacher(name: str, revision: str | None = None) -> ClassPipelineSource:
     """The class-conditional pipeline of that name, a folder or Hub id, by its configurations.
 
     Raises:
         InputError: there is none, or it cannot be a teacher here.
     """
-    at = {} if revision is None else {"revision": revision}
-    index = _index(name, revision)
-    require_kind(name, _class_name(index), "class labels")
-    try:
-        unet = UNet2DConditionModel.load_config(name, subfolder="unet", **at)
-        scheduler = LCMScheduler.load_config(name, subfolder="scheduler", **at)
-    except OSError as error:
-        raise InputError(f"{FLAG} {name}: its U-Net or scheduler is missing ({in_one_line(error)}).") from error
-    require(
-        unet.get("time_cond_proj_dim") is None,
-        f"{FLAG} {name}: its U-Net was distilled itself (time_cond_proj_dim {unet.get('time_cond_proj_dim')}) and has "
-        "no path to follow; name the model it was distilled from.",
-    )
-    names = index.get("id2label")
-    names = [str(names[label]) for label in sorted(names, key=int)] if isinstance(names, dict) else None
-    source = TeacherSource(name, revision, unet, scheduler, names)
+    require_kind(FLAG, name, declared_class_name(pipeline_index(name, revision, FLAG)), LABELS, DOING)
+    source = find_class_pipeline(name, revision, FLAG)
     require_prediction_type(name, source.prediction_type)
     return source
 
@@ -273,7 +195,7 @@ def lcm_scheduler(theirs: Mapping, num_ddim_timesteps: int, timestep_scaling: fl
     return scheduler
 
 
-def check_data(source: TeacherSource, class_names: list[str]) -> None:
+def check_data(source: ClassPipelineSource, class_names: list[str]) -> None:
     """Raises InputError where the teacher knows other classes than the dataset has."""
     theirs = source.class_names
     require(
@@ -284,49 +206,20 @@ def check_data(source: TeacherSource, class_names: list[str]) -> None:
     )
 
 
-def open_teacher(source: TeacherSource, class_names: list[str]) -> tuple[ConditionalDenoiser, nn.Module | None]:
+def open_teacher(source: ClassPipelineSource, class_names: list[str]) -> tuple[ConditionalDenoiser, nn.Module | None]:
     """The teacher, frozen and in eval mode, and its pipeline's first stage (None where it has none).
 
     Raises:
         InputError: it cannot be opened, or knows other classes than the dataset has.
     """
     check_data(source, class_names)
-    try:
-        pipeline = LDMClassToImagePipeline.from_pretrained(source.name, revision=source.revision)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise InputError(f"{FLAG} {source.name}: diffusers cannot open it ({in_one_line(error)}).") from error
+    pipeline = open_class_pipeline(source)
     known = pipeline.class_embedder.null_class
     require(
         known == len(class_names),
         f"{FLAG} {source.name}: it knows {known} classes, but the dataset has {len(class_names)}.",
     )
-    teacher = empty_teacher(source, len(class_names))
-    teacher.backbone.model.load_state_dict(pipeline.unet.state_dict())
-    teacher.encoder.table.load_state_dict(pipeline.class_embedder.embedding.state_dict())
-    return teacher.eval().requires_grad_(False), pipeline.vqvae
-
-
-def empty_teacher(source: TeacherSource, num_classes: int) -> ConditionalDenoiser:
-    """The teacher with new weights."""
-    known = {name: value for name, value in source.unet.items() if not name.startswith("_")}
-    backbone = UNetBackbone(**known)
-    return ConditionalDenoiser(ClassEncoder(num_classes, backbone.dim), backbone)
-
-
-def check_latents(name: str, unet: Mapping, first_stage: FirstStage, resolution: int) -> None:
-    """Raises InputError where the latents of this first stage at this resolution do not fit the teacher's U-Net, of
-    this configuration."""
-    channels, factor = first_stage.latent_channels, first_stage.factor
-    require(
-        unet.get("in_channels") == channels,
-        f"{FLAG} {name}: its U-Net takes latents of {unet.get('in_channels')} channels, but those of the first stage "
-        f"have {channels}.",
-    )
-    require(
-        resolution % factor == 0,
-        f"--resolution is {resolution}, but must be a multiple of the first stage's factor {factor}.",
-    )
-    UNetBackbone.check(unet, resolution // factor, 0)
+    return frozen_denoiser(source, pipeline), pipeline.vqvae
 
 
 def copied_unet(

@@ -17,6 +17,7 @@ from noisycond import dry_run, randomness, teachers
 from noisycond.arguments import ValidationArguments, flag
 from noisycond.captions import MASK_WORD, CaptionTally
 from noisycond.cards import UNKNOWN_PLACE, loading_code, lora_loading_code, public_name, text_to_image_card
+from noisycond.condition_kinds import CAPTIONS, require_kind
 from noisycond.data.batches import Batches
 from noisycond.data.corruption_map import save_caption_map
 from noisycond.data.digit_captions import digit_prompts
@@ -25,6 +26,7 @@ from noisycond.data.rewriting import rewrite_captions, rewritings_file
 from noisycond.data.streams import RawExample, StreamSource, require_ids
 from noisycond.data.text_cache import CachedTexts, default_cache_dir, open_text_cache
 from noisycond.denoisers import ConditionalDenoiser, build_text_denoiser, find_text_denoiser
+from noisycond.denoisers.class_pipelines import check_latents
 from noisycond.denoisers.presets import DenoiserSource, Preset
 from noisycond.denoisers.text import TextEncoder, open_text_encoder, peek_text_encoder
 from noisycond.denoisers.text_pipelines import TextPipeline, open_text_pipeline, peek_text_pipeline
@@ -39,7 +41,7 @@ from noisycond.objective import DiffusionObjective
 from noisycond.perturbation import ConditionEmbeddingPerturbation
 from noisycond.pipelines import LDMTextToImagePipeline
 from noisycond.randomness import Purpose
-from noisycond.results import draw_grid, leave_results
+from noisycond.results import LORA, draw_grid, leave_results
 from noisycond.run_folder import RunFolder
 from noisycond.trainer import FitResult
 from noisycond.training_state import frozen_names
@@ -358,7 +360,7 @@ def export(
         how_to_load=_code(pipeline, args, prompts, run.path),
         evaluation=evaluation,
         repo_id=repo_id,
-        adapters=args.use_lora,
+        **LORA if args.use_lora else {},
     )
 
 
@@ -417,12 +419,12 @@ class TextTeaching(teachers.Teaching):
         }
 
     def _take(self, args, model: TextPipeline, open_other: Callable[[str, int], FirstStage]) -> None:
-        teachers.require_kind(model.name, model.family.pipeline.__name__, "captions")
+        require_kind(teachers.FLAG, model.name, model.family.pipeline.__name__, CAPTIONS, teachers.DOING)
         self.args, self.model, self.first_stage = args, model, model.first_stage
         self.with_true = args.corruption_ratio > 0 and args.teacher_condition == "clean"
         if args.pretrained_vae_model_name_or_path is not None:
             self.first_stage = open_other(args.pretrained_vae_model_name_or_path, args.seed)
-            teachers.check_latents(model.name, model.backbone.model.config, self.first_stage, args.resolution)
+            check_latents(teachers.FLAG, model.name, model.backbone.model.config, self.first_stage, args.resolution)
         why = f"first stage of {args.pretrained_vae_model_name_or_path or model.name}"
         self.latents = teachers.Latents(self.first_stage.latent_channels, self.first_stage.factor, why)
         self.prediction_type = model.preset.prediction_type

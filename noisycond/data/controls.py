@@ -29,3 +29,7 @@ def threshold_mask(image: Image.Image) -> Image.Image:
     grey = np.array(image.convert("L"))
     _, mask = cv2.threshold(grey, 0, 255, cv2.THRESH_BINARY + cv2.THRESH_OTSU)
     return Image.fromarray(mask).convert("RGB")
+
+
+# What a control column of this name is made by, where it is made of the image alone.
+ANNOTATORS = ("canny", "mask", "sam")

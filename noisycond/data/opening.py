@@ -18,6 +18,7 @@ from noisycond.data.captions import (
     caption_stream,
     open_captions,
 )
+from noisycond.data.controlled import Controlled, Controls
 from noisycond.data.images import BadImages, LabelledImages, Transform
 from noisycond.data.latent_cache import default_cache_dir, open_latent_cache
 from noisycond.data.sources import ImageSource, check_number_of_classes, open_source
@@ -34,12 +35,14 @@ class TrainingData:
         images: examples as pixels. bad_images: counts those that cannot be read, or have no caption.
         facts: what a resumed run must share, as JSON values.
         captions: of [`CaptionDataArguments`]; a stream's are drawn while it is read.
+        controls: control images, see [`find_controls`].
     """
 
     images: LabelledImages | StreamedImages
     bad_images: BadImages
     facts: dict
     captions: Captions | StreamCaptions | None = None
+    controls: Controls | None = None
 
     @property
     def source(self) -> ImageSource | StreamSource:
@@ -75,6 +78,15 @@ def open_training_data(args: DataArguments, keep_index: bool = True, mask_word: 
     return TrainingData(LabelledImages(source, transform), bad_images, facts, captions)
 
 
+def find_controls(data: TrainingData, column: str) -> None:
+    """Finds the control images of the data, not a stream, in the column that --control_column names.
+
+    Raises:
+        InputError: see [`noisycond.data.controlled.Controls`].
+    """
+    data.controls = Controls(data.source, column, data.images.transform)
+
+
 def open_batches(
     args,
     data: TrainingData,
@@ -108,6 +120,8 @@ def open_batches(
     if isinstance(dataset, StreamedImages):
         dataset = StreamedImages(dataset.source, dataset.transform, encode, with_true_captions)
         return StreamBatches(dataset, *shape, args.shuffle_buffer_size, args.max_bad_images)
+    if data.controls is not None:
+        dataset = Controlled(dataset, data.controls)
     if isinstance(data.captions, Captions):
         dataset = Captioned(dataset, data.captions, encode, with_true_captions)
     return Batches(dataset, *shape)

@@ -15,6 +15,7 @@ from PIL import Image
 
 from noisycond import randomness
 from noisycond.data.caption_options import CaptionDataArguments
+from noisycond.data.controls import canny_edges, threshold_mask
 from noisycond.data.folder_index import Names, open_folder, size_and_time
 from noisycond.errors import InputError, closest, in_one_line, require
 from noisycond.randomness import Purpose
@@ -22,6 +23,7 @@ from noisycond.randomness import Purpose
 
 NO_UTF8 = "no text in UTF-8"
 SHOWN = 60  # characters of a wrong value that a message shows
+DIGIT_CONTROLS = {"canny": canny_edges, "mask": threshold_mask}
 
 
 class ImageSource:
@@ -32,7 +34,8 @@ class ImageSource:
         class_names: K names, in the order of the labels; none where nothing says the classes, and all labels are 0.
         fingerprint: a string that tells one dataset from another, wherever it lies; a resumed run must share it.
         version: a string that also changes when files were touched; with the fingerprint it keys the latent cache.
-        texts: N texts that the images were drawn from, or None.
+        texts: N texts that the images were drawn from, or None. controls: what generated images were drawn after, a
+            [`noisycond.evaluation.control.Controls`], or None.
     """
 
     labels: np.ndarray
@@ -40,6 +43,7 @@ class ImageSource:
     fingerprint: str
     version: str = ""
     texts: list[str] | None = None
+    controls = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -53,10 +57,29 @@ class ImageSource:
         """What a message calls the image."""
         raise NotImplementedError
 
+    def id(self, index: int) -> str:
+        """What tells the image from the others, wherever the dataset lies: its path within, or split/index."""
+        raise NotImplementedError
+
     def captions(self, column: str, option: str = "--caption_column") -> list[list[str]]:
         """The captions of each image as they are stored in this column, "" where one is missing; see [`is_utf8`].
         Raises InputError, which names this option, where there is no such column or it holds no text."""
         raise InputError(f"{option} {column}: this kind of data has no captions.")
+
+    def check_control(self, column: str, option: str = "--control_column") -> None:
+        """Raises InputError, which names this option, where no control images stand in this column."""
+        raise InputError(
+            f"{option} {column}: this kind of data has no control images; annotate it with prepare_dataset.py, and "
+            "name the folder that it writes with --dataset_name."
+        )
+
+    def control(self, column: str, index: int, resolution: int) -> Image.Image:
+        """The control image, RGB, of a column that was checked; `resolution` and what is raised as for [`read`]."""
+        raise NotImplementedError
+
+    def size(self, index: int, resolution: int) -> tuple[int, int]:
+        """Width and height of the image; arguments and what is raised as for [`read`]."""
+        return self.read(index, resolution).size
 
 
 def stored_texts(value: object) -> list[str]:
@@ -113,11 +136,13 @@ class Digits(ImageSource):
             raise InputError(f"--dataset_split {split}: digits has the splits {' and '.join(self.SPLITS)}.")
         images, labels = load_digits(return_X_y=True)
         chosen = train_test_split(np.arange(len(labels)), test_size=0.2, random_state=0, stratify=labels)
+        self.split = split
         self.positions = np.sort(chosen[self.SPLITS.index(split)])
         self.pixels = np.rint(images[self.positions].reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)
         self.labels = labels[self.positions].astype(np.int64)
         self.class_names = [str(digit) for digit in range(10)]
         self.fingerprint = hashlib.sha256(self.pixels.tobytes() + self.labels.tobytes()).hexdigest()
+        self._controls: dict[tuple[str, int, int], Image.Image] = {}
 
     def read(self, index: int, resolution: int) -> Image.Image:
         image = Image.fromarray(self.pixels[index]).resize((resolution, resolution), Image.Resampling.BICUBIC)
@@ -126,10 +151,30 @@ class Digits(ImageSource):
     def name(self, index: int) -> str:
         return f"digit {self.positions[index]}"
 
+    def id(self, index: int) -> str:
+        return f"{self.split}/{index}"
+
     def captions(self, column: str, option: str = "--caption_column") -> list[list[str]]:
         from noisycond.data.digit_captions import captions_of  # it needs this module
 
         return captions_of(self)
+
+    def check_control(self, column: str, option: str = "--control_column") -> None:
+        require(
+            column in DIGIT_CONTROLS,
+            f"{option} {column}: the digits have the control images {' and '.join(DIGIT_CONTROLS)}"
+            f"{closest(column, list(DIGIT_CONTROLS))}.",
+        )
+
+    def control(self, column: str, index: int, resolution: int) -> Image.Image:
+        # Kept: drawing 64 of them takes as long as half a step of the miniature.
+        key = (column, int(index), resolution)
+        if key not in self._controls:
+            self._controls[key] = DIGIT_CONTROLS[column](self.read(index, resolution))
+        return self._controls[key]
+
+    def size(self, index: int, resolution: int) -> tuple[int, int]:
+        return resolution, resolution
 
 
 class ImageFolder(ImageSource):
@@ -159,6 +204,9 @@ class ImageFolder(ImageSource):
 
     def name(self, index: int) -> str:
         return str(self.root / self.names[index])
+
+    def id(self, index: int) -> str:
+        return self.names[index]
 
 
 class MetadataFolder(ImageSource):
@@ -259,6 +307,13 @@ class MetadataFolder(ImageSource):
     def name(self, index: int) -> str:
         return str(self.root / self.names[index])
 
+    def size(self, index: int, resolution: int) -> tuple[int, int]:
+        with Image.open(self.name(index)) as image:
+            return image.size
+
+    def id(self, index: int) -> str:
+        return self.names[index]
+
     def captions(self, column: str, option: str = "--caption_column") -> list[list[str]]:
         self._require_key(option, column)
         captions: list[list[str]] = []
@@ -314,7 +369,7 @@ class HuggingFaceDataset(ImageSource):
         import datasets
 
         dataset = self._open(datasets, name, config, split, cache_dir)
-        self.title, self.image_column = name, image_column
+        self.title, self.split, self.image_column = name, split, image_column
         for option, column in (("--image_column", image_column), ("--label_column", label_column)):
             if column is not None:
                 self._require_column(dataset, option, column)
@@ -322,6 +377,7 @@ class HuggingFaceDataset(ImageSource):
             raise InputError(f"--image_column {image_column}: this column of {name} holds no images.")
         # Decoded here and not by `datasets`, so that a broken image can be named and skipped.
         self.dataset = dataset.cast_column(image_column, datasets.Image(decode=False))
+        self._views: dict = {}
         if label_column is None:
             self.labels, self.class_names = np.zeros(len(dataset), dtype=np.int64), []
         else:
@@ -371,15 +427,45 @@ class HuggingFaceDataset(ImageSource):
         return _numbered(column, values, feature)
 
     def read(self, index: int, resolution: int) -> Image.Image:
-        entry = self.dataset[int(index)][self.image_column]
-        if entry is None:
-            raise ValueError("the dataset has no image here")
-        with Image.open(io.BytesIO(entry["bytes"]) if entry["bytes"] is not None else entry["path"]) as image:
+        with self._opened(self.image_column, index) as image:
             return image.convert("RGB")
 
+    def _opened(self, column: str, index: int) -> Image.Image:
+        # Of the row's other columns nothing is needed, and images are long.
+        entry = self._columns(column)[int(index)][column]
+        if entry is None:
+            raise ValueError(f"the dataset has no image here ({column})")
+        return Image.open(io.BytesIO(entry["bytes"]) if entry["bytes"] is not None else entry["path"])
+
+    def _columns(self, column: str):
+        if column not in self._views:
+            self._views[column] = self.dataset.select_columns([column])
+        return self._views[column]
+
     def name(self, index: int) -> str:
-        path = (self.dataset[int(index)][self.image_column] or {}).get("path")
+        path = (self._columns(self.image_column)[int(index)][self.image_column] or {}).get("path")
         return f"{self.title}[{index}]" + (f" ({path})" if path else "")
+
+    def size(self, index: int, resolution: int) -> tuple[int, int]:
+        with self._opened(self.image_column, index) as image:
+            return image.size
+
+    def check_control(self, column: str, option: str = "--control_column") -> None:
+        import datasets
+
+        self._require_column(self.dataset, option, column)
+        require(
+            isinstance(self.dataset.features[column], datasets.Image),
+            f"{option} {column}: this column of {self.title} holds no images.",
+        )
+        self.dataset = self.dataset.cast_column(column, datasets.Image(decode=False))
+
+    def control(self, column: str, index: int, resolution: int) -> Image.Image:
+        with self._opened(column, index) as image:
+            return image.convert("RGB")
+
+    def id(self, index: int) -> str:
+        return f"{self.split}/{index}"
 
     def captions(self, column: str, option: str = "--caption_column") -> list[list[str]]:
         self._require_column(self.dataset, option, column)
@@ -407,6 +493,18 @@ class Subset(ImageSource):
     def name(self, index: int) -> str:
         return self.source.name(int(self.kept[index]))
 
+    def size(self, index: int, resolution: int) -> tuple[int, int]:
+        return self.source.size(int(self.kept[index]), resolution)
+
+    def check_control(self, column: str, option: str = "--control_column") -> None:
+        self.source.check_control(column, option)
+
+    def control(self, column: str, index: int, resolution: int) -> Image.Image:
+        return self.source.control(column, int(self.kept[index]), resolution)
+
+    def id(self, index: int) -> str:
+        return self.source.id(int(self.kept[index]))
+
     def captions(self, column: str, option: str = "--caption_column") -> list[list[str]]:
         captions = self.source.captions(column, option)
         return [captions[index] for index in self.kept]
@@ -431,10 +529,11 @@ def read_class_names(option: str, path: str) -> list[str]:
 
 
 def choose_classes(class_names: list[str], class_subset: str, seed: int) -> list[int]:
-    """The classes of `--class_subset`: a number to pick at random with this seed, or a file with a name per line.
+    """The classes of `--class_subset`: a number to pick at random with this seed, or a file with a name per line, or
+    with a class's number where no class is named by a number.
 
     Raises:
-        InputError: no such file, an unknown or repeated name, or more classes than there are.
+        InputError: no such file, an unknown or repeated class, or more classes than there are.
     """
     if class_subset.isdigit():
         count = int(class_subset)
@@ -444,12 +543,16 @@ def choose_classes(class_names: list[str], class_subset: str, seed: int) -> list
     path = Path(class_subset)
     if not path.is_file():
         raise InputError(f"--class_subset {class_subset}: expected a number of classes or a file of class names.")
-    wanted = read_class_names("--class_subset", class_subset)
     places = {name: place for place, name in enumerate(class_names)}
-    for name in wanted:
+    if not any(name.isdecimal() for name in class_names):
+        places |= {str(place): place for place in range(len(class_names))}
+    chosen: dict[int, str] = {}
+    for name in read_class_names("--class_subset", class_subset):
         if name not in places:
             raise InputError(f"--class_subset {path}: the dataset has no class {name!r}{closest(name, class_names)}.")
-    return sorted(places[name] for name in wanted)
+        twin = chosen.setdefault(places[name], name)
+        require(twin == name, f"--class_subset {path}: {twin!r} and {name!r} are one class; list it once.")
+    return sorted(chosen)
 
 
 def check_number_of_classes(args, class_names: list[str]) -> None:
@@ -462,10 +565,10 @@ def check_number_of_classes(args, class_names: list[str]) -> None:
 
 
 def open_source(args, split: str | None = None, keep_index: bool = True) -> ImageSource:
-    """The images that [`DataArguments`] name, with the class subset and sample limit applied.
+    """The images that [`SourceArguments`] name, with the class subset and sample limit applied.
 
     Args:
-        args: a [`noisycond.arguments.DataArguments`]; split: another split than `args.dataset_split`.
+        args: a [`noisycond.arguments.SourceArguments`]; split: another split than `args.dataset_split`.
         keep_index: see [`ImageFolder`].
     """
     source: ImageSource
@@ -491,5 +594,5 @@ def open_source(args, split: str | None = None, keep_index: bool = True) -> Imag
     if args.max_train_samples is not None and args.max_train_samples < len(source):
         source = Subset(source, np.arange(args.max_train_samples))
     if len(source) == 0:
-        raise InputError("the dataset is empty: no image is left to train on.")
+        raise InputError("the dataset is empty: no image is left.")
     return source

@@ -11,6 +11,10 @@ from noisycond.denoisers.text import TextEmbedding
 from noisycond.perturbation import ConditionEmbeddingPerturbation
 
 
+# What of a condition a backbone reads beside the embedding.
+BESIDE_EMBEDDING = ("guidance", "control")
+
+
 class ClassEncoder(nn.Module):
     """A learned embedding per class, with the null class in the last row, and the embedding baselines of
     arXiv:2405.20494.
@@ -110,8 +114,9 @@ class ConditionalDenoiser(nn.Module):
         Args:
             noisy [B, C, h, w]: noisy latents. timesteps [B]: int64.
             condition: what the encoder reads (`class_labels` int64 [B]; tokens, or embeddings of them), for fixed CEP
-                `index` int64 [B], and for a distilled U-Net `guidance` float32 [B, E], see
-                [`noisycond.distillation.guidance_embedding`].
+                `index` int64 [B]; for a distilled U-Net `guidance` float32 [B, E], see
+                [`noisycond.distillation.guidance_embedding`], and for a controlled one `control` float32
+                [B, 3, R, R], see [`noisycond.denoisers.control.ControlledUNet`].
             keys [B]: int64; the perturbation is a pure function of them. None: it draws from its own stream.
 
         Returns:
@@ -122,8 +127,8 @@ class ConditionalDenoiser(nn.Module):
             keys = condition["index"] if self.fixed and self.training else keys
             where = None if self.perturb_null else ~self.encoder.is_null(condition)
             embedding = self._perturbed(embedding, keys, where)
-        guidance = {"guidance": condition["guidance"]} if "guidance" in condition else {}
-        return self.backbone(noisy, timesteps, embedding, **guidance)
+        beside = {name: condition[name] for name in BESIDE_EMBEDDING if name in condition}
+        return self.backbone(noisy, timesteps, embedding, **beside)
 
     def _perturbed(self, embedding, keys: torch.Tensor | None, where: torch.Tensor | None):
         if not isinstance(embedding, TextEmbedding):

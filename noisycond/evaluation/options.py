@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from noisycond.arguments import Arguments, flag
+from noisycond.data.controls import CANNY_HIGH, CANNY_LOW
 from noisycond.errors import require
 from noisycond.evaluation.metrics import check_names
 
@@ -59,6 +60,14 @@ class MetricArguments(Arguments):
         "The classifier of class agreement: `digits`, or an image classifier of transformers; the default is `digits` "
         "with that extractor.",
     )
+    edge_tolerance: int = flag(
+        1, "Pixels between an edge of the control and one of the image that count as the same, for edge F1."
+    )
+    canny_low: int = flag(CANNY_LOW, "Edges of drawn images: an edge goes on where the gradient is above this.")
+    canny_high: int = flag(CANNY_HIGH, "Edges of drawn images: an edge begins where the gradient is above this.")
+    sam_model: str | None = flag(
+        None, "A model of transformers that segments drawn images (SAM), for mask IoU with controls by `sam`."
+    )
     bootstrap: int = flag(0, "Bootstrap replicates for 95 % intervals; 0 computes none.")
     metric_seed: int = flag(0, "Seed of subsets, projections and bootstrap replicates.")
 
@@ -88,10 +97,14 @@ class MetricArguments(Arguments):
             f"--memorization_threshold is {self.memorization_threshold}, but by --memorization_rule ratio it must be "
             "at most 1: the second nearest is no nearer than the nearest.",
         )
-        for name in ("bootstrap", "metric_seed"):
+        for name in ("bootstrap", "metric_seed", "edge_tolerance"):
             require(getattr(self, name) >= 0, f"--{name} is {getattr(self, name)}, but it must not be negative.")
         require(
             self.bootstrap == 0 or self.bootstrap >= 40,
             f"--bootstrap is {self.bootstrap}, but a 95 % interval needs at least 40 replicates.",
+        )
+        require(
+            0 <= self.canny_low <= self.canny_high,
+            f"--canny_low is {self.canny_low} and --canny_high {self.canny_high}, but 0 ≤ low ≤ high must hold.",
         )
         require("{}" in self.clip_prompt, f"--clip_prompt is {self.clip_prompt!r}, but must hold {{}} for the class.")

@@ -54,11 +54,14 @@ def tiny_unet(**options) -> UNet2DConditionModel:
         out_channels=3,
         block_out_channels=(8, 16),
         layers_per_block=1,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
         attention_head_dim=2,
         norm_num_groups=4,
-        **{"cross_attention_dim": 12, **options},
+        **{
+            "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+            "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+            "cross_attention_dim": 12,
+            **options,
+        },
     )
 
 

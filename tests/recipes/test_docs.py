@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import pytest
 from launching import ROOT, load_script
 
+from noisycond import condition_kinds
 from noisycond.arguments import Arguments, parse_arguments
 from noisycond.convert import ConvertArguments, with_flags
 from noisycond.evaluation.metrics import METRICS
@@ -39,12 +40,13 @@ SCRIPTS = {
     "train_lcm_distill.py": (None, "digits_lcm"),  # by what the teacher takes
     "generate.py": ("GenerateArguments", None),
     "evaluate_model.py": ("EvaluateArguments", None),
+    "prepare_dataset.py": ("PrepareArguments", "prepare_digits"),
 }
 
 
 def arguments_class(script: str, argv: Sequence[str] = ()) -> type[Arguments]:
     module, name = load_script(script.removesuffix(".py")), SCRIPTS[script][0]
-    return module.arguments_class(list(argv)) if name is None else getattr(module, name)
+    return condition_kinds.arguments_class(list(argv), module.STARTED) if name is None else getattr(module, name)
 
 
 def commands(text: str) -> list[str]:

@@ -143,7 +143,8 @@ def test_the_target_is_the_moving_average(script, tiny, tmp_path):
 
 def parse(teacher, *flags):
     words = ["--pretrained_teacher_model", str(teacher), "--recipe", "none", "--dataset_name", "digits", *flags]
-    return load_script("train_lcm_distill").parse([*words, "--resolution", "32", "--w_max", "6"])
+    script = load_script("train_lcm_distill")
+    return script.parse_by_kind([*words, "--resolution", "32", "--w_max", "6"], script.STARTED)
 
 
 @pytest.fixture(scope="module")

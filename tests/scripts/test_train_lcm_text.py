@@ -149,7 +149,7 @@ def first_step(flags, one_thread):
 
     def step(*more, **others) -> tuple[list, float]:
         script = load_script(SCRIPT)
-        args = script.parse(flags("sd", *more, train_batch_size=8, **others))
+        args = script.parse_by_kind(flags("sd", *more, train_batch_size=8, **others), script.STARTED)
         teaching = script.TextTeaching.open(args, None)
         alone = SimpleNamespace(device=torch.device("cpu"), num_processes=1, process_index=0)
         batch = next(teaching.batches(alone).starting_at(0))

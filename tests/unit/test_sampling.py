@@ -10,7 +10,9 @@ import torch
 from diffusers import LatentConsistencyModelPipeline, StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
 from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
 from diffusers.utils import is_torchsde_available
+from PIL import Image
 from released_layout import write_text_ldm
+from tiny_controls import tiny_adapter_pipeline, tiny_controlnet_pipeline
 from tiny_models import tiny_text_pipeline
 from transformers import CLIPConfig, CLIPImageProcessor
 
@@ -217,3 +219,54 @@ def test_every_family_is_drawn_from_at_its_own_size_with_any_scheduler(kind, tmp
     sampling.set_scheduler(pipeline, "DPMSolverMultistepScheduler" if kind != "pixart" else "DDIMScheduler")
     other = arrays(sampling.sample(pipeline, ["a dog", "a cat"], [0, 1], **SETTINGS | {"num_inference_steps": 3}))
     assert other.shape == images.shape
+
+
+def controls(*places: int) -> list[Image.Image]:
+    """White squares on black, 16×16, at these places from the left."""
+    made = [Image.new("RGB", (16, 16)) for _ in places]
+    for image, place in zip(made, places, strict=True):
+        image.paste("white", (place, 4, place + 6, 10))
+    return made
+
+
+@pytest.mark.parametrize(
+    "make, scale",
+    [
+        (tiny_controlnet_pipeline, "controlnet_conditioning_scale"),
+        (tiny_adapter_pipeline, "adapter_conditioning_scale"),
+        (lambda folder: tiny_adapter_pipeline(folder, in_channels=1), "adapter_conditioning_scale"),
+    ],
+    ids=["controlnet", "adapter", "adapter of grey controls"],
+)
+def test_images_depend_on_the_control_of_their_own(tmp_path, make, scale):
+    pipeline = sampling.open_pipeline(str(make(tmp_path / "x")))
+    assert sampling.takes_controls(pipeline) and sampling.number_of_controls(pipeline) == 1
+    prompts, given = ["a cat", "a cat", "a dog"], controls(1, 9, 1)
+
+    def drawn(given, **settings):
+        return arrays(sampling.sample_all(pipeline, prompts, controls=given, **SETTINGS | settings))
+
+    images = drawn(given)
+    assert images.shape == (3, 16, 16, 3)
+    other = drawn([given[0], given[0], given[2]])
+    assert np.abs(other[1] - images[1]).mean() > 1
+    assert np.abs(other[[0, 2]] - images[[0, 2]]).max() <= 1
+    assert np.abs(drawn(given, batch_size=2) - images).max() <= 1
+    larger = [control.resize((32, 32), Image.Resampling.NEAREST) for control in given]
+    assert drawn(larger).shape == images.shape
+
+    # The scale reaches the call by the name it has there: at 0 the control is nothing to the image.
+    assert np.abs(drawn(given, conditioning_scale=0) - drawn(given[::-1], conditioning_scale=0)).max() == 0
+    assert np.abs(drawn(given, conditioning_scale=0) - images).mean() > 1
+    generator = [sampling.randomness.generator_for(0, sampling.Purpose.SAMPLING, 0)]
+    options = {"generator": generator, "guidance_scale": 2.0, "num_inference_steps": 2, scale: 0.5}
+    is_grey = "adapter" in pipeline.components and pipeline.adapter.config.in_channels == 1
+    image = [given[0].convert("L" if is_grey else "RGB")]
+    by_hand = arrays(pipeline(prompt=prompts[:1], image=image, height=16, width=16, **options).images)
+    one = arrays(sampling.sample(pipeline, prompts[:1], [0], controls=given[:1], conditioning_scale=0.5, **SETTINGS))
+    assert np.array_equal(one, by_hand)
+
+
+def test_a_pipeline_without_controls_takes_none(folders):
+    assert not sampling.takes_controls(sampling.open_pipeline(str(folders["sd"])))
+    assert not sampling.takes_controls(StableDiffusionImg2ImgPipeline)

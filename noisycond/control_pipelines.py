@@ -1,0 +1,207 @@
+"""Adapter folders, which a personalization leaves: a ControlNet or a T2I-Adapter at the root, and in adapter.json what
+it is for. Here they become pipelines again, around their base.
+
+Letters: K classes of the base.
+"""
+
+import json
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import diffusers
+from diffusers import (
+    ControlNetModel,
+    DiffusionPipeline,
+    ModelMixin,
+    StableDiffusionAdapterPipeline,
+    StableDiffusionControlNetPipeline,
+    StableDiffusionPipeline,
+    T2IAdapter,
+)
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+from noisycond.condition_kinds import CAPTIONS, LABELS
+from noisycond.errors import InputError, in_one_line, require
+from noisycond.pipelines import (
+    LDMClassToImagePipeline,
+    LDMTextToImagePipeline,
+    ldm_class_to_image_control,
+    ldm_text_to_image_control,
+)
+
+
+FACTS = "adapter.json"
+# The files of our control pipelines, each with an adapter of its own, by the condition of the base.
+MODULES = {LABELS: ldm_class_to_image_control, CAPTIONS: ldm_text_to_image_control}
+
+
+@dataclass
+class AdapterFacts:
+    """What an adapter folder says of itself.
+
+    Attributes:
+        base: the pipeline that it was trained on, a folder or Hub id; revision: of it there.
+        condition: `class labels` or `captions`. kind: `controlnet` or `t2i_adapter`.
+        control_column: where the controls of its training data stood. annotator: what they are (`canny`, `mask`,
+            `sam`), None where nobody said.
+        class_names: what the K labels of the base mean, where that is known.
+    """
+
+    base: str
+    revision: str | None
+    condition: str
+    kind: str
+    control_column: str
+    annotator: str | None
+    class_names: list[str] | None = None
+
+
+def is_adapter(name: str) -> bool:
+    """Whether a folder or Hub id is an adapter folder."""
+    return _facts_file(name) is not None
+
+
+def adapter_facts(name: str) -> AdapterFacts:
+    """What an adapter folder, or a Hub id of one, says of itself.
+
+    Raises:
+        InputError: it is none, or its adapter.json is damaged.
+    """
+    path = _facts_file(name)
+    require(path is not None, f"--pipeline {name}: no adapter folder, for it has no {FACTS}.")
+    try:
+        return AdapterFacts(**json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise InputError(f"--pipeline {name}: its {FACTS} is damaged ({in_one_line(error)}).") from error
+
+
+def _facts_file(name: str) -> Path | None:
+    if Path(name).is_dir():
+        path = Path(name) / FACTS
+        return path if path.is_file() else None
+    try:
+        return Path(hf_hub_download(name, FACTS))
+    except (EntryNotFoundError, LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError, ValueError):
+        return None
+
+
+def open_control_pipeline(name: str, base: str | None = None) -> DiffusionPipeline:
+    """The control pipeline of an adapter folder or Hub id, in float32.
+
+    Args:
+        base: another base than the one it was trained on.
+
+    Raises:
+        InputError: adapter or base cannot be opened, or they do not fit together.
+    """
+    facts = adapter_facts(name)
+    adapter = _open_adapter(name, facts.condition)
+    known = base or facts.base
+    flag = f"--base_pipeline {base}" if base else f"--pipeline {name}: its base {facts.base}"
+    try:
+        pipeline = open_base(known, None if base else facts.revision)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        hint = "" if base else "; say where it is with --base_pipeline"
+        raise InputError(f"{flag}: cannot be opened ({in_one_line(error)}){hint}.") from error
+    try:
+        return assemble(pipeline, adapter)
+    except ValueError as error:
+        raise InputError(f"{flag}: {in_one_line(error)}") from error
+
+
+def open_base(name: str, revision: str | None = None) -> DiffusionPipeline:
+    """A pipeline that can be controlled, in float32 and without a safety checker."""
+    declared = DiffusionPipeline.load_config(name, revision=revision).get("_class_name")
+    kind = declared[-1] if isinstance(declared, (list, tuple)) else declared
+    own = {cls.__name__: cls for cls in (LDMClassToImagePipeline, LDMTextToImagePipeline)}
+    if kind == StableDiffusionPipeline.__name__:
+        return StableDiffusionPipeline.from_pretrained(
+            name, revision=revision, safety_checker=None, requires_safety_checker=False
+        )
+    require(kind in own, f"a {kind} cannot be controlled here.")
+    return own[kind].from_pretrained(name, revision=revision)
+
+
+def _open_adapter(name: str, condition: str) -> ModelMixin:
+    classes = {kind.__name__: kind for kind in (ControlNetModel, T2IAdapter, MODULES[condition].LDMAdapter)}
+    try:
+        kind = ControlNetModel.load_config(name).get("_class_name")
+        require(kind in classes, f"--pipeline {name}: it holds a {kind}, none of {', '.join(classes)}.")
+        return classes[kind].from_pretrained(name)
+    except (OSError, ValueError, RuntimeError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"--pipeline {name}: its adapter cannot be opened ({in_one_line(error)}).") from error
+
+
+def assemble(base: DiffusionPipeline, adapter: ModelMixin) -> DiffusionPipeline:
+    """The control pipeline of a base, whose parts it shares, on the base's device: stock for Stable Diffusion, ours
+    for LDM.
+
+    Raises:
+        ValueError: they do not fit together.
+    """
+    slot = "controlnet" if isinstance(adapter, ControlNetModel) else "adapter"
+    if isinstance(base, StableDiffusionPipeline):
+        kind = StableDiffusionControlNetPipeline if slot == "controlnet" else StableDiffusionAdapterPipeline
+        parts = dict(base.components)
+        if kind is StableDiffusionAdapterPipeline:
+            parts.pop("image_encoder")
+        pipeline = kind(**parts | {"safety_checker": None}, **{slot: adapter}, requires_safety_checker=False)
+    else:
+        pipeline = control_class(base)(**base.components, **{slot: adapter})
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline.to(base.unet.device)
+
+
+def control_class(base: DiffusionPipeline) -> type[DiffusionPipeline]:
+    """Our control pipeline for an LDM."""
+    if isinstance(base, LDMClassToImagePipeline):
+        return ldm_class_to_image_control.LDMClassToImageControlPipeline
+    return ldm_text_to_image_control.LDMTextToImageControlPipeline
+
+
+def save_adapter(adapter: ModelMixin, pipeline: DiffusionPipeline, facts: AdapterFacts, folder: Path) -> None:
+    """Writes an adapter folder: every file aside first and then moved into place, adapter.json last.
+
+    Args:
+        pipeline: the control pipeline that it is for, whose code travels along where it is none of diffusers.
+        folder: may hold other files, which stay.
+    """
+    making = folder / ".export.tmp"
+    shutil.rmtree(making, ignore_errors=True)
+    adapter.save_pretrained(making, safe_serialization=True)
+    if not type(pipeline).__module__.startswith("diffusers."):
+        MODULES[facts.condition].write_pipeline_file(making)
+    (making / FACTS).write_text(json.dumps(asdict(facts), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    (folder / FACTS).unlink(missing_ok=True)
+    for path in sorted(making.iterdir(), key=lambda path: path.name == FACTS):
+        path.replace(folder / path.name)
+    making.rmdir()
+
+
+def loading_code(pipeline: DiffusionPipeline, base: str, location: str | Path, call: str) -> str:
+    """How to load an adapter folder with diffusers alone, and draw an image.
+
+    Args:
+        base, location: where a reader has the base and the adapter folder. call: the arguments of the call beside the
+            control image.
+    """
+    kind, in_diffusers = type(pipeline).__name__, type(pipeline).__module__.startswith("diffusers.")
+    slot = "adapter" if getattr(pipeline, "controlnet", None) is None else "controlnet"
+    adapter = type(getattr(pipeline, slot)).__name__
+    stock = hasattr(diffusers, adapter)
+    names = [kind if in_diffusers else "DiffusionPipeline", adapter if stock else "AutoModel"]
+    trust = "" if in_diffusers else f', custom_pipeline="{location}", trust_remote_code=True'
+    load = f'{adapter}.from_pretrained("{location}")'
+    if not stock:
+        load = f'AutoModel.from_pretrained("{location}", trust_remote_code=True)'
+    return f"""from diffusers import {", ".join(sorted(names))}
+from diffusers.utils import load_image
+
+{slot} = {load}
+pipeline = {names[0]}.from_pretrained("{base}", {slot}={slot}{trust})
+image = pipeline({call}, image=load_image("control.png")).images[0]
+"""
