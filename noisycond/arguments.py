@@ -56,7 +56,9 @@ class Arguments:
 
 
 @dataclass
-class DataArguments(Arguments):
+class SourceArguments(Arguments):
+    """Which images, of which classes."""
+
     dataset_name: str | None = flag(
         None,
         "`digits` (1,797 handwritten digits that ship with scikit-learn), a dataset on the Hub, or a local folder "
@@ -69,7 +71,9 @@ class DataArguments(Arguments):
     image_column: str = flag("image", "The dataset's column of images.")
     label_column: str = flag("label", "The dataset's column of class labels.")
     class_subset: str | None = flag(
-        None, "Keep these classes only: a file with a class name per line, or a number of classes to pick at random."
+        None,
+        "Keep these classes only: a file with a class name per line (or its number, where no class is named by one), "
+        "or a number of classes to pick at random.",
     )
     class_subset_seed: int = flag(0, "Seed of the random class subset.")
     num_classes: int | None = flag(
@@ -77,13 +81,10 @@ class DataArguments(Arguments):
     )
     max_train_samples: int | None = flag(None, "Use the first so many examples only, for debugging.")
     resolution: int = flag(256, "Images are resized so that their shorter side is this long, then cropped square.")
-    center_crop: bool = flag(False, "Crop the centre instead of a random place.")
-    random_flip: bool = flag(False, "Mirror images at random.")
     image_interpolation_mode: Literal["nearest", "bilinear", "bicubic", "lanczos", "box"] = flag(
         "lanczos", "How images are resized."
     )
     max_bad_images: int = flag(10, "Unreadable images are named and skipped up to this number, then the run stops.")
-    dataloader_num_workers: int = flag(0, "Processes that load data; 0 loads in the training process.")
     # No flags: whether training needs classes, and which of the flags about columns a folder of images heeds.
     needs_classes = True
     heeded_by_a_folder = ()
@@ -112,11 +113,24 @@ class DataArguments(Arguments):
             "--class_subset_seed has no effect unless --class_subset is a number of classes.",
         )
         require(self.resolution > 0, f"--resolution is {self.resolution}, but it must be a positive number of pixels.")
-        for name in ("max_bad_images", "dataloader_num_workers"):
-            require(getattr(self, name) >= 0, f"--{name} is {getattr(self, name)}, but it must not be negative.")
+        require(self.max_bad_images >= 0, f"--max_bad_images is {self.max_bad_images}, but it must not be negative.")
         for name in ("num_classes", "max_train_samples"):
             value = getattr(self, name)
             require(value is None or value > 0, f"--{name} is {value}, but it must be positive.")
+
+
+@dataclass
+class DataArguments(SourceArguments):
+    """Images as training examples."""
+
+    center_crop: bool = flag(False, "Crop the centre instead of a random place.")
+    random_flip: bool = flag(False, "Mirror images at random.")
+    dataloader_num_workers: int = flag(0, "Processes that load data; 0 loads in the training process.")
+
+    def __post_init__(self):
+        super().__post_init__()
+        workers = self.dataloader_num_workers
+        require(workers >= 0, f"--dataloader_num_workers is {workers}, but it must not be negative.")
 
 
 @dataclass

@@ -40,6 +40,7 @@ SCRIPTS = {
     "train_lcm_distill.py": (None, "digits_lcm"),  # by what the teacher takes
     "generate.py": ("GenerateArguments", None),
     "evaluate_model.py": ("EvaluateArguments", None),
+    "prepare_dataset.py": ("PrepareArguments", "prepare_digits"),
 }
 
 

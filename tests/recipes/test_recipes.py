@@ -23,6 +23,7 @@ REMOTE = {"stabilityai/sd-vae-ft-ema": (4, 8), "CompVis/ldm-celebahq-256": (3, 4
 SCRIPTS = {  # which script reads a recipe
     "train_autoencoder": "AutoencoderArguments",
     "evaluate_model": "EvaluateArguments",
+    "prepare_dataset": "PrepareArguments",
     "train_class_cond": "ClassCondArguments",
     "train_text_to_image_corrupt": "TextToImageArguments",
     "train_lcm_distill": None,  # by what the teacher takes
@@ -34,6 +35,8 @@ def script_of(path: Path) -> str:
         return "train_autoencoder"
     if path.stem.endswith("_evaluation"):
         return "evaluate_model"
+    if path.stem.startswith("prepare_"):
+        return "prepare_dataset"
     model = str(path.relative_to(RECIPES))
     if model.startswith(("lcm_", "digits_lcm", "digits_text_lcm")):
         return "train_lcm_distill"
@@ -45,7 +48,7 @@ def each(paths: list[Path]):
 
 
 every_recipe = each(PATHS)
-TRAINING = [path for path in PATHS if script_of(path) != "evaluate_model"]
+TRAINING = [path for path in PATHS if script_of(path) not in ("evaluate_model", "prepare_dataset")]
 # Those that build on another have its model.
 MODELS = [path for path in TRAINING if path.parent == RECIPES]
 
