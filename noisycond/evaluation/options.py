@@ -74,7 +74,7 @@ class MetricArguments(Arguments):
     )
     sam_points_per_side: int = flag(
         AnnotationArguments.sam_points_per_side,
-        "As of prepare_dataset.py, and here the three as the controls were made.",
+        "As of prepare_dataset.py; take what the controls were made with.",
     )
     sam_pred_iou_thresh: float = flag(AnnotationArguments.sam_pred_iou_thresh, "See --sam_points_per_side.")
     sam_stability_score_thresh: float = flag(

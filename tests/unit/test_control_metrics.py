@@ -1,4 +1,4 @@
-"""Agreement with control images: known answers by hand, SciPy's distances, and controls of other images beside them."""
+"""Agreement with control images: known answers by hand, SciPy's distances, and controls of other images."""
 
 import numpy as np
 import pytest
