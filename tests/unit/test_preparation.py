@@ -4,6 +4,7 @@ import errno
 import io
 import json
 import os
+from contextlib import suppress
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -229,10 +230,8 @@ def test_a_finished_folder_is_left(asked, annotators, tmp_path, straight, accele
 @pytest.mark.parametrize("state", ["begun", "finished"])
 def test_other_settings_are_refused(asked, annotators, tmp_path, accelerator, state):
     annotators.stop_after = 7 if state == "begun" else None
-    try:
+    with suppress(KeyboardInterrupt):
         run(asked, tmp_path / "x", accelerator)
-    except KeyboardInterrupt:
-        pass
     place = tmp_path / ("x.preparing" if state == "begun" else "x")
     before = contents(place)
     arguments = {"seed": 3, "canny_low": 100, "output_dir": "b"}
