@@ -1,10 +1,10 @@
 """A prepared dataset: the same whatever the number of processes and interruptions; nothing lost, nothing repeated."""
 
-import contextlib
 import errno
 import io
 import json
 import os
+from contextlib import suppress
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -230,7 +230,7 @@ def test_a_finished_folder_is_left(asked, annotators, tmp_path, straight, accele
 @pytest.mark.parametrize("state", ["begun", "finished"])
 def test_other_settings_are_refused(asked, annotators, tmp_path, accelerator, state):
     annotators.stop_after = 7 if state == "begun" else None
-    with contextlib.suppress(KeyboardInterrupt):
+    with suppress(KeyboardInterrupt):
         run(asked, tmp_path / "x", accelerator)
     place = tmp_path / ("x.preparing" if state == "begun" else "x")
     before = contents(place)
