@@ -6,6 +6,7 @@ import json
 import os
 from contextlib import suppress
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import datasets
@@ -167,6 +168,27 @@ def test_interrupted_while_it_is_put_together(asked, annotators, tmp_path, strai
     assert not (tmp_path / "x").exists()
     annotators.seen.clear()
     assert run(asked, tmp_path / "x", accelerator) == 0 and not annotators.seen
+    assert contents(tmp_path / "x") == straight
+
+
+def test_interrupted_before_the_last_renaming(asked, tmp_path, straight, accelerator, monkeypatch):
+    def interrupted(path, target):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(Path, "rename", interrupted)
+        run(asked, tmp_path / "x", accelerator)
+    assert not (tmp_path / "x").exists()
+    assert run(asked, tmp_path / "x", accelerator) == 0 and contents(tmp_path / "x") == straight
+
+
+def test_shards_of_an_interrupted_run_do_not_stay(asked, tmp_path, straight, accelerator, monkeypatch):
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(preparation, "SHARD_BYTES", 1)
+        patched.setattr(preparation.shutil, "copyfile", lambda *paths: (_ for _ in ()).throw(KeyboardInterrupt))
+        run(asked, tmp_path / "x", accelerator)
+    assert len(list((tmp_path / "x.preparing/dataset").glob("*.arrow"))) == 6
+    run(asked, tmp_path / "x", accelerator)
     assert contents(tmp_path / "x") == straight
 
 
