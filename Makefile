@@ -28,7 +28,9 @@ demo: $(READY)
 	rm -rf runs/demo-evaluation
 	$(BIN)/accelerate launch evaluate_model.py --recipe digits_evaluation --pipeline runs/demo --output_dir runs/demo-evaluation
 
-# Two tests at a time. Threads that wait for work must not spin then: each would take the core of the other test.
+# Two tests at a time, each on one core. Threads that wait for work must not spin: each would take the core of the
+# other test.
+test: export OMP_NUM_THREADS = 1
 test: export GOMP_SPINCOUNT = 0
 test: export OMP_WAIT_POLICY = PASSIVE
 test: $(READY)

@@ -35,7 +35,11 @@ from noisycond.data.controls import ANNOTATORS
 from noisycond.denoisers.control import ControlledUNet
 from noisycond.denoisers.text_options import TextCacheArguments
 from noisycond.errors import InputError, in_one_line, require, writing
-from noisycond.evaluation.in_training import EvaluationArguments, TextEvaluationArguments
+from noisycond.evaluation.in_training import (
+    ControlEvaluationArguments,
+    EvaluationArguments,
+    TextEvaluationArguments,
+)
 from noisycond.pictures import control_grid
 from noisycond.processes import on_main
 from noisycond.randomness import step_keys
@@ -100,7 +104,9 @@ class PersonalizationArguments(
 
 
 @dataclass
-class ClassPersonalizationArguments(PersonalizationArguments, DataArguments, CorruptionArguments, EvaluationArguments):
+class ClassPersonalizationArguments(
+    PersonalizationArguments, DataArguments, CorruptionArguments, ControlEvaluationArguments, EvaluationArguments
+):
     """Of a class-conditional base."""
 
     base_class_names: str | None = flag(
@@ -116,6 +122,7 @@ class TextPersonalizationArguments(
     CaptionDataArguments,
     TextCacheArguments,
     CaptionCorruptionArguments,
+    ControlEvaluationArguments,
     TextEvaluationArguments,
 ):
     """Of a base that draws from prompts."""
