@@ -193,25 +193,24 @@ def embeddings(base) -> dict:
     return {"prompt_embeds": embeds, "negative_prompt_embeds": none}
 
 
+SHARES = {"control_guidance_start": 0.2, "control_guidance_end": 0.8}
+OWN_SHARES = {"control_guidance_start": [0.0, 0.4], "control_guidance_end": [0.7, 1.0]}
 CONTROLNET_OPTIONS = [
-    {},
-    {"guidance_scale": 1.0},
-    {"guess_mode": True},
-    {"guess_mode": True, "guidance_scale": 1.0},
-    {"controlnet_conditioning_scale": 0.5, "control_guidance_start": 0.2, "control_guidance_end": 0.8},
-    {"eta": 0.5},
+    (False, {"eta": 0.5}),
+    (False, {"guidance_scale": 1.0}),
+    (False, {"guess_mode": True}),
+    (False, {"guess_mode": True, "guidance_scale": 1.0}),
+    (False, {"controlnet_conditioning_scale": 0.5, **SHARES}),
+    (True, {"guess_mode": True}),
+    (True, {"controlnet_conditioning_scale": [0.5, 1.5], **OWN_SHARES}),
 ]
 
 
-@pytest.mark.parametrize("options", CONTROLNET_OPTIONS, ids=str)
-@pytest.mark.parametrize("several", [False, True])
-def test_controlnet_images_are_those_of_diffusers(bases, options, several):
+@pytest.mark.parametrize("several, options", CONTROLNET_OPTIONS, ids=str)
+def test_controlnet_images_are_those_of_diffusers(several, options):
     base = make_base("text", tiny_kl(3).eval())
     nets, images = [make_controlnet(base.unet), make_controlnet(base.unet, 2)], [picture(), picture(1)]
     controlnet, image = (nets, images) if several else (nets[0], images[0])
-    if several and "control_guidance_start" in options:
-        options = options | {"controlnet_conditioning_scale": [0.5, 1.5], "control_guidance_start": [0.0, 0.4]}
-        options |= {"control_guidance_end": [0.7, 1.0]}
     theirs = stable_diffusion(StableDiffusionControlNetPipeline, base, controlnet=controlnet)
     ours = controlled(base, "text", controlnet=controlnet)
     options = {**embeddings(base), "num_inference_steps": 5, "output_type": "latent", **options}
@@ -222,8 +221,7 @@ def test_controlnet_images_are_those_of_diffusers(bases, options, several):
     assert found.std() > 1e-2 and torch.equal(found, wanted)
 
 
-@pytest.mark.parametrize("several", [False, True])
-@pytest.mark.parametrize("guidance", [2.25, 1.0])
+@pytest.mark.parametrize("several, guidance", [(False, 1.0), (True, 2.25)])
 def test_adapter_images_are_those_of_diffusers(several, guidance):
     """On a U-Net all of whose blocks but the last attend, as Stable Diffusion's."""
     blocks = {"down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D")}
@@ -713,7 +711,10 @@ OTHER = [
     (lambda: {"adapter": T2IAdapter(3, [8, 16], 1, 4)}, "of 4 times the latents' size .downscale_factor., but"),
     (lambda: {"adapter": T2IAdapter(1, [8, 16], 1, 2)}, "adapter takes control images of 1 channels"),
     (dict, "exactly one of `controlnet` and `adapter` must be given, but neither is"),
-    (lambda: {"controlnet": other_controlnet(), "adapter": T2IAdapter()}, "exactly one .* but both are"),
+    (
+        lambda: {"controlnet": other_controlnet(), "adapter": T2IAdapter(3, [8, 16], 1, 2)},
+        "exactly one .* but both are",
+    ),
 ]
 
 
