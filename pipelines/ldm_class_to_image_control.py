@@ -137,10 +137,10 @@ class _Residual(torch.nn.Module):
 
 
 class LDMAdapter(ModelMixin, ConfigMixin):
-    """A T2I-Adapter (Section 3.2 of arXiv:2302.08453) for any U-Net of `DownBlock2D` and `CrossAttnDownBlock2D`.
+    """A T2I-Adapter (arXiv:2302.08453) for any U-Net of `DownBlock2D` and `CrossAttnDownBlock2D`.
 
     The control is brought to the latents' size by a pixel unshuffle; each scale has a convolution and residual blocks,
-    and gives a feature (Eq. 2) that is added to the U-Net's encoder (Eq. 3). diffusers' `T2IAdapter` halves its
+    and gives a feature that is added to the U-Net's encoder. diffusers' `T2IAdapter` halves its
     features from one to the next, which is not where a U-Net adds them whose first block does not attend (LDM-4).
 
     Args:
@@ -561,7 +561,7 @@ class LDMClassToImageControlPipeline(DiffusionPipeline):
             return_dict: whether an [`ImagePipelineOutput`] is returned instead of a tuple.
             controlnet_conditioning_scale: what the ControlNet's residuals are multiplied by, or a list with one number
                 per ControlNet; 0 gives the images of the base pipeline, bit for bit.
-            adapter_conditioning_scale: likewise of adapters, whose features are added up (Eq. 5 of arXiv:2302.08453).
+            adapter_conditioning_scale: likewise of adapters, whose features are added up.
             control_guidance_start, control_guidance_end: the share of the steps at which the control begins and ends
                 to act, or a list with one number per control.
             guess_mode: of a ControlNet: the control acts on the conditional half of guidance alone, from 0.1 times its
