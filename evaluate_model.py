@@ -22,7 +22,7 @@ try:
     from noisycond.evaluation.images import Resize
     from noisycond.evaluation.instruments import Extraction, Instruments, check_size
     from noisycond.evaluation.metrics import METRICS
-    from noisycond.evaluation.options import MetricArguments
+    from noisycond.evaluation.options import SAM_CHOICES, MetricArguments
     from noisycond.evaluation.references import RealImages, open_real
     from noisycond.evaluation.report import check_report_folder, plot_metrics, write_report
     from noisycond.evaluation.rows import check_cards, check_classes, choices, measure, update_cards, why_not
@@ -38,7 +38,7 @@ CHOICES_OF_CONTROL = {
     "edge_tolerance": "control_edges",
     "canny_low": "control_edges",
     "canny_high": "control_edges",
-    "sam_model": "control_masks",
+    **dict.fromkeys(("sam_model", *SAM_CHOICES), "control_masks"),
 }
 
 

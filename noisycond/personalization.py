@@ -189,8 +189,8 @@ class ControlCheck:
     """Whether a denoiser heeds its control: how much lower the loss is with an image's own control than with that of
     another, all else equal.
 
-    A ControlNet follows its control all at once, after thousands of steps (Section 3.4 of arXiv:2302.05543); before
-    that both losses are alike, and where they stay so, control and image do not belong together, or the learning rate
+    A ControlNet may begin to follow its control all at once, after thousands of steps (the sudden convergence of
+    arXiv:2302.05543); before that both losses are alike, and where they stay so, control and image do not belong together, or the learning rate
     is too low.
 
     Args:

@@ -290,20 +290,17 @@ class Captioner:
     """
 
     def __init__(self, args: AnnotationArguments, device: torch.device | str = "cpu"):
-        from transformers import AutoConfig, BlipForConditionalGeneration, BlipProcessor
+        from transformers import BlipForConditionalGeneration, BlipProcessor
 
         from noisycond.data.text_cache import tokenizer_hash  # with all the denoisers
 
-        name, what = args.caption_model, "a BLIP that captions"
-
-        def open_model():
-            kind = AutoConfig.from_pretrained(name).model_type
-            if kind != "blip":  # which would be filled with random weights
-                raise ValueError(f"it is a model of type {kind}")
-            return BlipForConditionalGeneration.from_pretrained(name, output_loading_info=True, dtype=_dtype(args))
-
+        name = args.caption_model
         model, self.processor = _pretrained(
-            "--caption_model", name, what, open_model, lambda: BlipProcessor.from_pretrained(name)
+            "--caption_model",
+            name,
+            "a BLIP that captions",
+            lambda: BlipForConditionalGeneration.from_pretrained(name, output_loading_info=True, dtype=_dtype(args)),
+            lambda: BlipProcessor.from_pretrained(name),
         )
         tokenizer, self.prompt, self.max_tokens = (
             self.processor.tokenizer,

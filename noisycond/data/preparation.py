@@ -305,7 +305,6 @@ def _finish(asked: Preparation, folder: Path, making: Path) -> None:
     require(count, f"none of the {len(asked.source)} images can be read: {next(iter(unreadable.values()), '')}.")
     whole = making / "dataset"
     with writing(_where(folder), "the dataset (make room and run the same command again to go on)"):
-        shutil.rmtree(whole, ignore_errors=True)
         fingerprint = hashlib.sha256("".join(each["sha256"] for each in told).encode()).hexdigest()
         _save_without_examples(asked, whole, fingerprint)
         _put_together([_chunk(making, number) for number in range(len(told))], whole)
@@ -318,7 +317,7 @@ def _finish(asked: Preparation, folder: Path, making: Path) -> None:
 
 
 def _save_without_examples(asked: Preparation, whole: Path, fingerprint: str) -> None:
-    """What `datasets` writes beside the examples."""
+    """What `datasets` writes beside the examples; takes away examples that an earlier run left."""
     from datasets import Dataset, DatasetInfo, are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
     features, were_disabled = features_of(asked), are_progress_bars_disabled()

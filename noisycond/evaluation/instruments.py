@@ -9,11 +9,12 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
+from noisycond.data.annotation import Segmenter
 from noisycond.data.sources import ImageSource
 from noisycond.errors import require
 from noisycond.evaluation.agreement import ClipScore, prompts_for
 from noisycond.evaluation.classifiers import Classifier, open_classifier
-from noisycond.evaluation.control import Annotate, Obedience
+from noisycond.evaluation.control import Obedience
 from noisycond.evaluation.extraction import extract_features, extract_in_memory, read_batches, size_of
 from noisycond.evaluation.extractors import Extractor, open_extractor, open_similarity
 from noisycond.evaluation.features import Features
@@ -30,7 +31,7 @@ class Instruments:
     classifier: Classifier | None = None
     clip: ClipScore | None = None
     similarity: torch.nn.Module | None = None
-    segmenter: Annotate | None = None
+    segmenter: Segmenter | None = None
 
     @classmethod
     def open(cls, options: MetricArguments, embedded: bool, device: torch.device) -> "Instruments":
@@ -54,7 +55,7 @@ class Instruments:
             open_classifier(classifier_name, device) if "class_agreement" in families and classifier_name else None,
             ClipScore(options.clip_model, device=device) if "clip_score" in options.metrics else None,
             open_similarity(similarity_name, device) if asked else None,
-            _open_segmenter(options.sam_model, device) if "control_masks" in families else None,
+            Segmenter(options.annotation, device) if "control_masks" in families and options.sam_model else None,
         )
 
     @property
@@ -219,14 +220,6 @@ class Extraction:
             batch_size=self.batch_size,
             workers=self.workers,
         )
-
-
-def _open_segmenter(name: str | None, device: torch.device):
-    if name is None:
-        return None
-    from noisycond.data.annotation import AnnotationArguments, Segmenter
-
-    return Segmenter(AnnotationArguments(annotations=["sam"], sam_model=name), device)
 
 
 def check_size(option: str, source: ImageSource, resolution: int) -> None:

@@ -4,9 +4,13 @@ from dataclasses import dataclass
 from typing import Literal
 
 from noisycond.arguments import Arguments, flag
+from noisycond.data.annotation import AnnotationArguments
 from noisycond.data.controls import CANNY_HIGH, CANNY_LOW
 from noisycond.errors import require
 from noisycond.evaluation.metrics import check_names
+
+
+SAM_CHOICES = ("sam_points_per_side", "sam_pred_iou_thresh", "sam_stability_score_thresh")
 
 
 @dataclass
@@ -68,6 +72,14 @@ class MetricArguments(Arguments):
     sam_model: str | None = flag(
         None, "A model of transformers that segments drawn images (SAM), for mask IoU with controls by `sam`."
     )
+    sam_points_per_side: int = flag(
+        AnnotationArguments.sam_points_per_side,
+        "As of prepare_dataset.py; take what the controls were made with.",
+    )
+    sam_pred_iou_thresh: float = flag(AnnotationArguments.sam_pred_iou_thresh, "See --sam_points_per_side.")
+    sam_stability_score_thresh: float = flag(
+        AnnotationArguments.sam_stability_score_thresh, "See --sam_points_per_side."
+    )
     bootstrap: int = flag(0, "Bootstrap replicates for 95 % intervals; 0 computes none.")
     metric_seed: int = flag(0, "Seed of subsets, projections and bootstrap replicates.")
 
@@ -107,4 +119,16 @@ class MetricArguments(Arguments):
             0 <= self.canny_low <= self.canny_high,
             f"--canny_low is {self.canny_low} and --canny_high {self.canny_high}, but 0 ≤ low ≤ high must hold.",
         )
+        for name in SAM_CHOICES:
+            require(
+                self.sam_model is not None or self.is_default(name), f"--{name} has no effect without --sam_model."
+            )
+        if self.sam_model is not None:
+            self.annotation  # noqa: B018 (checks the values)
         require("{}" in self.clip_prompt, f"--clip_prompt is {self.clip_prompt!r}, but must hold {{}} for the class.")
+
+    @property
+    def annotation(self) -> AnnotationArguments:
+        """How drawn images are segmented. Raises InputError where a choice of --sam_model is out of range."""
+        chosen = {name: getattr(self, name) for name in ("sam_model", *SAM_CHOICES)}
+        return AnnotationArguments(annotations=["sam"], **chosen)

@@ -80,7 +80,7 @@ def test_an_image_without_masks_is_black():
 
 def sam(models, *words) -> AnnotationArguments:
     loose = ["--sam_pred_iou_thresh", 0, "--sam_stability_score_thresh", 0, "--sam_points_per_side", 2]
-    return arguments("--annotations", "sam", "--sam_model", models["sam"], *(words if words else loose))
+    return arguments("--annotations", "sam", "--sam_model", models["sam"], *(words or loose))
 
 
 def test_sam_segments(models, digits):
@@ -96,6 +96,7 @@ def test_sam_segments(models, digits):
     assert len({tuple(colour) for colour in first[first.any(-1)]}) == 2  # of a large mask and a small one
     alone = segmenter(digits[2:3], [2])
     assert (np.array(alone[0]) == np.array(pictures[2])).all()  # whatever else is in the batch
+    assert (np.array(segmenter(digits[:1], [7])[0])[first.any(-1)] != first[first.any(-1)]).any()  # by the example
     assert np.array(Segmenter(sam(models, "--sam_points_per_side", 1))(digits, range(3))).max() == 0  # rated too low
 
 

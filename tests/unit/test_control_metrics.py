@@ -5,8 +5,10 @@ import pytest
 import torch
 from PIL import Image
 from scipy.ndimage import distance_transform_edt
+from tiny_annotators import tiny_sam
 
-from noisycond.data.controls import canny_edges
+from noisycond.data.annotation import Segmenter
+from noisycond.data.controls import canny_edges, threshold_mask
 from noisycond.data.sources import Digits
 from noisycond.errors import InputError
 from noisycond.evaluation.control import (
@@ -21,6 +23,11 @@ from noisycond.evaluation.control import (
     others,
     regions,
 )
+from noisycond.evaluation.images import Resize
+from noisycond.evaluation.in_training import DrawnImages
+from noisycond.evaluation.instruments import Extraction, Instruments
+from noisycond.evaluation.options import MetricArguments
+from noisycond.evaluation.suite import compute
 
 
 CANNY = {"low": 100, "high": 200}
@@ -126,8 +133,6 @@ def test_drawn_images_come_to_the_size_of_their_control(digits):
 
 def test_masks_and_segmentations(digits):
     inverted = [Image.eval(image, lambda value: 255 - value) for image in digits]
-    from noisycond.data.controls import threshold_mask
-
     masks = controls_of([threshold_mask(image) for image in digits], "mask")
     found = mask_iou(Obedience(masks, digits.__getitem__))
     assert found["mask_iou"].value == 1 and found["mask_iou_shuffled"].value < 0.7
@@ -143,3 +148,18 @@ def test_masks_and_segmentations(digits):
     covered = mask_iou(Obedience(segmented, digits.__getitem__, annotate))
     assert covered["mask_iou"].value == 1 and seen == list(range(40))
     assert covered["mask_iou_shuffled"].value == pytest.approx(found["mask_iou_shuffled"].value)
+
+
+def test_images_are_segmented_as_the_controls_were(digits, tmp_path):
+    every_mask = {"sam_points_per_side": 2, "sam_pred_iou_thresh": 0.0, "sam_stability_score_thresh": 0.0}
+    options = MetricArguments(metrics=["mask_iou"], sam_model=tiny_sam(tmp_path / "sam"), **every_mask)
+    controls = Segmenter(options.annotation)(digits[:4], range(4))
+    extraction = Extraction(Instruments.open(options, True, torch.device("cpu")), options, Resize(), "cpu")
+    assert extraction.settings()["segmenter"] == extraction.instruments.segmenter.fingerprint
+    source = DrawnImages(digits[:4], None, None, controls=controls_of(controls, "sam"))
+    found = compute(extraction.evidence("--images", source), options, "control_masks")
+    assert found["mask_iou"].value == 1 > found["mask_iou_shuffled"].value
+    with pytest.raises(InputError, match="--sam_points_per_side has no effect without --sam_model"):
+        MetricArguments(sam_points_per_side=2)
+    with pytest.raises(InputError, match="--sam_pred_iou_thresh is 2.0"):
+        MetricArguments(sam_model="x", sam_pred_iou_thresh=2.0)

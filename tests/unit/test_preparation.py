@@ -1,11 +1,12 @@
 """A prepared dataset: the same whatever the number of processes and interruptions; nothing lost, nothing repeated."""
 
-import contextlib
 import errno
 import io
 import json
 import os
+from contextlib import suppress
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import datasets
@@ -170,6 +171,27 @@ def test_interrupted_while_it_is_put_together(asked, annotators, tmp_path, strai
     assert contents(tmp_path / "x") == straight
 
 
+def test_interrupted_before_the_last_renaming(asked, tmp_path, straight, accelerator, monkeypatch):
+    def interrupted(path, target):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(Path, "rename", interrupted)
+        run(asked, tmp_path / "x", accelerator)
+    assert not (tmp_path / "x").exists()
+    assert run(asked, tmp_path / "x", accelerator) == 0 and contents(tmp_path / "x") == straight
+
+
+def test_shards_of_an_interrupted_run_do_not_stay(asked, tmp_path, straight, accelerator, monkeypatch):
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(preparation, "SHARD_BYTES", 1)
+        patched.setattr(preparation.shutil, "copyfile", lambda *paths: (_ for _ in ()).throw(KeyboardInterrupt))
+        run(asked, tmp_path / "x", accelerator)
+    assert len(list((tmp_path / "x.preparing/dataset").glob("*.arrow"))) == 6
+    run(asked, tmp_path / "x", accelerator)
+    assert contents(tmp_path / "x") == straight
+
+
 def test_killed_after_the_last_renaming(asked, annotators, tmp_path, straight, accelerator, monkeypatch):
     with monkeypatch.context() as patched:
         patched.setattr(preparation.shutil, "rmtree", lambda path, ignore_errors: None)
@@ -230,7 +252,7 @@ def test_a_finished_folder_is_left(asked, annotators, tmp_path, straight, accele
 @pytest.mark.parametrize("state", ["begun", "finished"])
 def test_other_settings_are_refused(asked, annotators, tmp_path, accelerator, state):
     annotators.stop_after = 7 if state == "begun" else None
-    with contextlib.suppress(KeyboardInterrupt):
+    with suppress(KeyboardInterrupt):
         run(asked, tmp_path / "x", accelerator)
     place = tmp_path / ("x.preparing" if state == "begun" else "x")
     before = contents(place)
