@@ -175,7 +175,8 @@ def test_every_metric_and_its_choices_are_told():
     told = set(re.findall(r"`(\w+)`", METRICS_PAGE))
     assert set(METRICS) <= told
     flags = {item.name for item in dataclasses.fields(arguments_class("evaluate_model.py"))}
-    flags |= {item.name for item in dataclasses.fields(arguments_class("train_class_cond.py"))}
+    for script in ("train_class_cond.py", "train_controlnet.py"):
+        flags |= {item.name for item in dataclasses.fields(arguments_class(script))}
     for name in re.findall(r"`--(\w+)", METRICS_PAGE):
         assert name in flags, name
     defaults = {item.name: item.default for item in dataclasses.fields(MetricArguments)}

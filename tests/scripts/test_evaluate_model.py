@@ -3,13 +3,14 @@
 import json
 import shutil
 import subprocess
+import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 from huggingface_hub import ModelCard
-from launching import ROOT, launch, launch_command
+from launching import ROOT, launch
 from PIL import Image
 
 from noisycond.data.sources import Digits
@@ -91,7 +92,7 @@ def test_a_killed_evaluation_goes_on_with_what_is_there(untrained, script, tmp_p
     script("evaluate_model", *words, "--output_dir", tmp_path / "through")
 
     killed, started = tmp_path / "killed", time.monotonic()
-    command = launch_command("evaluate_model", *words, "--output_dir", killed)
+    command = [sys.executable, str(ROOT / "evaluate_model.py"), *map(str, words), "--output_dir", str(killed)]
     with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL, start_new_session=True) as process:
         while len(list(killed.rglob("*.png"))) < 6 and time.monotonic() - started < 120:
             time.sleep(0.02)
