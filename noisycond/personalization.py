@@ -190,8 +190,8 @@ class ControlCheck:
     another, all else equal.
 
     A ControlNet may begin to follow its control all at once, after thousands of steps (the sudden convergence of
-    arXiv:2302.05543); before that both losses are alike, and where they stay so, control and image do not belong together, or the learning rate
-    is too low.
+    arXiv:2302.05543); before that both losses are alike, and where they stay so, control and image do not belong
+    together, or the learning rate is too low.
 
     Args:
         batch: training examples, as [`noisycond.data.batches.Batches`] gives them.
