@@ -20,7 +20,7 @@ from noisycond.condition_kinds import CAPTIONS, LABELS, require_kind
 from noisycond.corruption import LabelCorruption
 from noisycond.data.batches import Batches
 from noisycond.data.corruption_map import save_corruption_map
-from noisycond.data.images import Transform
+from noisycond.data.images import UNREADABLE, Transform
 from noisycond.data.opening import TrainingData, open_batches, open_controls, open_training_data
 from noisycond.data.rewriting import rewrite_captions, rewritings_file
 from noisycond.data.sources import Digits, ImageSource, read_class_names
@@ -76,6 +76,8 @@ class Base(ABC):
         pipeline: as it was opened, in float32; None of one that is only looked at (dry run).
         unet: its own; on the meta device in a dry run. first_stage: the autoencoder; None of one that is not on this
             machine (dry run). factor: of that.
+        schedule: noise schedule and prediction type that it was trained with, as JSON values; preset: the same, and
+            its latents.
         tally: counts what happened to the conditions.
         class_names: what the K labels of a class-conditional base mean, where that is known.
     """
@@ -87,6 +89,7 @@ class Base(ABC):
     unet: UNet2DConditionModel
     first_stage: FirstStage | None
     factor: int
+    schedule: dict
     preset: Preset
     tally: Tally
     class_names: list[str] | None = None
@@ -124,6 +127,7 @@ class Base(ABC):
             f"{FLAG} {name}: it predicts {schedule['prediction_type']!r}, but must predict one of "
             f"{', '.join(PREDICTION_TYPES)}.",
         )
+        self.schedule = schedule
         self.preset = Preset(latent_channels=self.unet.config.in_channels, factor=self.factor, **schedule)
 
     def _check_latents(self) -> None:
@@ -143,18 +147,28 @@ class Base(ABC):
             count = min(SHOWN, len(source))
             rows = [row * len(source) // count for row in range(count)]
         square = Transform(args.resolution, center_crop=True)
-        pictures = [
-            [
-                _as_image(square.pixels(image, row, 0))
-                for image in (
-                    source.control(args.control_column, row, args.resolution),
-                    source.read(row, args.resolution),
+        rows, pairs = zip(*(self._readable(source, row) for row in rows), strict=True)
+        controls, targets = (
+            [_as_image(square.pixels(pair[place], row, 0)) for row, pair in zip(rows, pairs, strict=True)]
+            for place in (0, 1)
+        )
+        return Shown(controls, targets, self.conditions_of(source, list(rows)))
+
+    def _readable(self, source: ImageSource, row: int) -> tuple[int, tuple[Image.Image, Image.Image]]:
+        """This example, or the next one that can be read: which it is, its control and its image."""
+        resolution = self.args.resolution
+        for candidate in range(row, row + len(source)):
+            candidate %= len(source)
+            try:
+                pair = (
+                    source.control(self.args.control_column, candidate, resolution),
+                    source.read(candidate, resolution),
                 )
-            ]
-            for row in rows
-        ]
-        controls, targets = ([pair[place] for pair in pictures] for place in (0, 1))
-        return Shown(controls, targets, self.conditions_of(source, rows))
+            except UNREADABLE:  # it is named when its turn comes
+                continue
+            if pair[0].size == pair[1].size:
+                return candidate, pair
+        raise InputError("no image can be read together with its control.")
 
     @property
     @abstractmethod
@@ -198,6 +212,13 @@ class Base(ABC):
         """Puts aside again, after a look, what a pipeline took to its device and training does not need there."""
 
 
+def _data_that_is_here(args) -> TrainingData | None:
+    data = dry_run.open_what_is_here(args)
+    if data is not None:
+        open_controls(data, args.control_column)
+    return data
+
+
 def _as_image(pixels: torch.Tensor) -> Image.Image:
     """[3, R, R] in [-1, 1] to an image."""
     return Image.fromarray(((pixels + 1.0) * 127.5).round().byte().permute(1, 2, 0).numpy())
@@ -238,7 +259,7 @@ class ClassBase(Base):
     def peek(cls, args) -> "ClassBase":
         """Without weights, data that is not here, or a first stage that is not here; see [`noisycond.dry_run`]."""
         self, source = cls._found(args)
-        self.data = dry_run.open_what_is_here(args)
+        self.data = _data_that_is_here(args)
         own = args.pretrained_vae_model_name_or_path or args.pretrained_model_name_or_path
         preset = source.latents_of(args.resolution)
         self.first_stage, _, self.factor, self.why_latents = dry_run.latents_of(args, preset, own)
@@ -345,7 +366,7 @@ class TextBase(Base):
         """Without weights, or data that is not here; see [`noisycond.dry_run`]."""
         self = cls()
         self._take(args, peek_text_pipeline(**cls._named(args)), lambda name, seed: peek_first_stage(name))
-        self.data = dry_run.open_what_is_here(args)
+        self.data = _data_that_is_here(args)
         return self
 
     @staticmethod
@@ -404,7 +425,7 @@ class TextBase(Base):
 
     def conditions_of(self, source: ImageSource, rows: list[int]) -> list[str]:
         captions = source.captions(self.args.caption_column)
-        return [captions[row][0] for row in rows]
+        return [next(filter(None, captions[row]), "") for row in rows]
 
     def keep(self, run: RunFolder) -> None:
         keep_captions(self.args, self.data, run)
