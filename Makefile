@@ -5,11 +5,12 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 SOURCES := noisycond pipelines tests $(wildcard *.py) $(wildcard benchmarks/*.py)
 
-.PHONY: help demo test quality style first-stages digits-classifier clean
+.PHONY: help demo personalization test quality style first-stages digits-classifier clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo           train a miniature on handwritten digits, look at its samples and measure it (4 minutes)"
+	@echo "make personalization   compare a ControlNet on a clean base with one on a CEP base, on digits, SEEDS=\"0 1 2\""
 	@echo "make test           run the tests"
 	@echo "make quality        check lint and format;  make style  mends them"
 	@echo "make first-stages   train the two first stages that ship with the repo anew"
@@ -28,7 +29,38 @@ demo: $(READY)
 	rm -rf runs/demo-evaluation
 	$(BIN)/accelerate launch evaluate_model.py --recipe digits_evaluation --pipeline runs/demo --output_dir runs/demo-evaluation
 
-# Two tests at a time. Threads that wait for work must not spin then: each would take the core of the other test.
+# Two bases, clean and with CEP, a ControlNet on each, and one table of both with the spread over SEEDS. A run that ended
+# has its card and is not repeated; one that was cut goes on from its last checkpoint.
+SEEDS ?= 0 1 2
+COMPARED := runs/personalization
+CLEAN_BASES := $(SEEDS:%=$(COMPARED)/base-clean-%/README.md)
+CEP_BASES := $(SEEDS:%=$(COMPARED)/base-cep-%/README.md)
+CLEAN_CONTROLNETS := $(SEEDS:%=$(COMPARED)/controlnet-clean-%/README.md)
+CEP_CONTROLNETS := $(SEEDS:%=$(COMPARED)/controlnet-cep-%/README.md)
+COMMA := ,
+EMPTY :=
+group = $(subst $(EMPTY) $(EMPTY),$(COMMA),$(strip $(patsubst %/README.md,%,$(1))))
+
+personalization: $(COMPARED)/evaluation/metrics.md
+	@echo "The table: $<"
+
+$(CLEAN_BASES): $(COMPARED)/base-clean-%/README.md: | $(READY)
+	$(BIN)/accelerate launch train_class_cond.py --recipe digits_ldm --cep_gamma 0 --seed $* --output_dir $(@D) --resume_from_checkpoint latest
+
+$(CEP_BASES): $(COMPARED)/base-cep-%/README.md: | $(READY)
+	$(BIN)/accelerate launch train_class_cond.py --recipe digits_ldm --seed $* --output_dir $(@D) --resume_from_checkpoint latest
+
+$(CLEAN_CONTROLNETS) $(CEP_CONTROLNETS): $(COMPARED)/controlnet-%/README.md: $(COMPARED)/base-%/README.md | $(READY)
+	$(BIN)/accelerate launch train_controlnet.py --recipe digits_controlnet --pretrained_model_name_or_path $(<D) \
+		--seed $(lastword $(subst -, ,$*)) --output_dir $(@D) --resume_from_checkpoint latest
+
+$(COMPARED)/evaluation/metrics.md: $(CLEAN_CONTROLNETS) $(CEP_CONTROLNETS) | $(READY)
+	$(BIN)/accelerate launch evaluate_model.py --recipe digits_control_evaluation --output_dir $(@D) \
+		--pipeline clean=$(call group,$(CLEAN_CONTROLNETS)) cep=$(call group,$(CEP_CONTROLNETS))
+
+# Two tests at a time, each on one core. Threads that wait for work must not spin: each would take the core of the
+# other test.
+test: export OMP_NUM_THREADS = 1
 test: export GOMP_SPINCOUNT = 0
 test: export OMP_WAIT_POLICY = PASSIVE
 test: $(READY)

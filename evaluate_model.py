@@ -1,9 +1,10 @@
 #!/usr/bin/env python
 """Measures pipelines, or folders of images, against real images: fidelity, diversity, memorization, agreement with
-class and prompt.
+class, prompt and control image.
 
 accelerate launch evaluate_model.py --pipeline runs/demo --reference digits --num_images 1000 --guidance_scale 1 2 4
 accelerate launch evaluate_model.py --pipeline runs/text --reference digits --prompts digits:unseen --num_images 360
+accelerate launch evaluate_model.py --pipeline runs/control --reference digits --controls digits --num_images 360
 """
 
 import sys
@@ -21,22 +22,32 @@ try:
     from noisycond.evaluation.images import Resize
     from noisycond.evaluation.instruments import Extraction, Instruments, check_size
     from noisycond.evaluation.metrics import METRICS
-    from noisycond.evaluation.options import MetricArguments
+    from noisycond.evaluation.options import SAM_CHOICES, MetricArguments
     from noisycond.evaluation.references import RealImages, open_real
     from noisycond.evaluation.report import check_report_folder, plot_metrics, write_report
     from noisycond.evaluation.rows import check_cards, check_classes, choices, measure, update_cards, why_not
     from noisycond.evaluation.suite import families_of, needs_train, refuse
     from noisycond.evaluation.uncertainty import summarize
-    from noisycond.generation import OpenPipeline, named_prompts
+    from noisycond.generation import OpenPipeline, controls_of, named_conditions
     from noisycond.processes import on_main
 except ModuleNotFoundError as error:
     sys.exit(f"error: {error.name} is not installed; in the checkout, run: pip install -e .")
 
 
+CHOICES_OF_CONTROL = {
+    "edge_tolerance": "control_edges",
+    "canny_low": "control_edges",
+    "canny_high": "control_edges",
+    **dict.fromkeys(("sam_model", *SAM_CHOICES), "control_masks"),
+}
+
+
 @dataclass
 class EvaluateArguments(SamplingArguments, MetricArguments):
     pipeline: list[str] = flag(
-        [], "Pipeline folders or Hub ids. LABEL=A,B names one setting trained several times; its spread is shown."
+        [],
+        "Pipeline folders, adapter folders or Hub ids. LABEL=A,B names one setting trained several times; its spread "
+        "is shown.",
     )
     images: list[str] = flag(
         [],
@@ -106,6 +117,8 @@ def refuse_flags_without_effect(args: EvaluateArguments, real: RealImages | None
     idle = {name: "without --pipeline" for name in of_pipelines if not args.pipeline}
     if args.pipeline and args.prompts is None:
         idle["walk_prompt"] = "without --prompts"
+    if args.pipeline and args.controls is not None:
+        idle["walk_class"] = idle["walk_prompt"] = "with --controls: the walk is that of the first control"
     if args.pipeline and args.prompts is not None:
         idle["walk_class"] = "with --prompts: the walk is that of a prompt, the first or --walk_prompt"
         idle["clip_prompt"] = "with --prompts: the CLIP score is that of each image and its own prompt"
@@ -117,6 +130,9 @@ def refuse_flags_without_effect(args: EvaluateArguments, real: RealImages | None
     for name, family in (("classifier", "class_agreement"), ("lpips_similarity", "lpips"), ("lpips_pairs", "lpips")):
         if family not in families:
             idle[name] = "with these --metrics"
+    for name, family in CHOICES_OF_CONTROL.items():
+        if family not in families or (not args.images and args.controls is None):
+            idle[name] = "with these --metrics, or without --controls"
     for name in ("clip_model", "clip_prompt"):
         if "clip_score" not in args.metrics:
             idle[name] = "without --metrics clip_score"
@@ -170,7 +186,8 @@ def main(argv: list[str] | None = None) -> None:
     # What can be refused is refused before an image is drawn.
     check_report_folder(folder, subjects)
     check_cards(subjects if args.update_card else ())
-    prompts = named_prompts(args) if args.pipeline else None
+    members = [member for subject in subjects for member in subject.members]
+    prompts, controls = named_conditions(args, members) if args.pipeline else (None, None)
     real = open_real("--reference", args.reference, args.reference_split)
     train = open_real("--train_data", args.train_data, "train")
     refuse_flags_without_effect(args, real)
@@ -184,7 +201,7 @@ def main(argv: list[str] | None = None) -> None:
 
     def check(opened: OpenPipeline) -> None:
         named = opened.class_names is not None
-        refuse(args, instruments.foreseen(args, real, train, labelled, named, prompts is not None))
+        refuse(args, instruments.foreseen(args, real, train, labelled, named, prompts is not None, opened.controls))
         check_classes(opened.name, opened.class_names, real)
         if args.figures:
             sampling.noise_shape(opened.pipeline)  # the walk's
@@ -198,17 +215,20 @@ def main(argv: list[str] | None = None) -> None:
         )
 
     if args.pipeline:
-        here = instruments.foreseen(args, real, train, labelled, labelled, prompts is not None)
-        refuse(args, here, args.num_images, num_real)
+        for member in members:
+            given = controls_of(member, controls, args.control_column)
+            here = instruments.foreseen(args, real, train, labelled, labelled, prompts is not None, given)
+            refuse(args, here, args.num_images, num_real)
         place = folder / "images"
-        sets = draw_sets(subjects, args, args.guidance_scale, args.seeds, place, accelerator, check, prompts)
+        sets = draw_sets(subjects, args, args.guidance_scale, args.seeds, place, accelerator, check, prompts, controls)
     else:
         sets = open_sets(option, subjects, None)
         refuse_clip_prompt(args, sets)
         for image_set in sets:
             source = image_set.source
             has = (each is not None for each in (source.labels, source.class_names, source.texts))
-            refuse(args, instruments.foreseen(args, real, train, *has), len(source), num_real)
+            here = instruments.foreseen(args, real, train, *has, source.controls)
+            refuse(args, here, len(source), num_real)
 
     extraction = Extraction(
         instruments,

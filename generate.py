@@ -4,6 +4,7 @@ resumable.
 
 accelerate launch generate.py --pipeline runs/demo --num_images 1000 --output_dir runs/demo-images
 accelerate launch generate.py --pipeline runs/text --prompts digits:unseen --output_dir runs/text-images
+accelerate launch generate.py --pipeline runs/control --controls digits --output_dir runs/control-images
 """
 
 import sys
@@ -15,14 +16,14 @@ try:
     from noisycond import hardware
     from noisycond.arguments import SamplingArguments, flag, parse_arguments
     from noisycond.errors import one_sentence_errors, require
-    from noisycond.generation import ImageSettings, draw_images, named_prompts, open_for_drawing
+    from noisycond.generation import ImageSettings, draw_images, named_conditions, open_for_drawing
 except ModuleNotFoundError as error:
     sys.exit(f"error: {error.name} is not installed; in the checkout, run: pip install -e .")
 
 
 @dataclass
 class GenerateArguments(SamplingArguments):
-    pipeline: str | None = flag(None, "A pipeline folder or Hub id.")
+    pipeline: str | None = flag(None, "A pipeline folder, adapter folder or Hub id.")
     output_dir: str = flag("runs/images", "Where images and metadata.jsonl (texts and labels) are written.")
     guidance_scale: float = flag(4.0, "Classifier-free guidance scale; 1 is off.")
     seed: int = flag(0, "Seed of noise and of random classes or prompts.")
@@ -40,7 +41,8 @@ class GenerateArguments(SamplingArguments):
 def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(GenerateArguments, argv)
     accelerator = hardware.make_sampling_accelerator(args)
-    opened = open_for_drawing(args.pipeline, args, accelerator, named_prompts(args))
+    prompts, controls = named_conditions(args, [args.pipeline])
+    opened = open_for_drawing(args.pipeline, args, accelerator, prompts, controls)
     settings = ImageSettings.of(args, args.guidance_scale, args.seed)
     drawn = draw_images(opened, settings, Path(args.output_dir), accelerator)
     if accelerator.is_main_process:

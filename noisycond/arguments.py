@@ -56,7 +56,9 @@ class Arguments:
 
 
 @dataclass
-class DataArguments(Arguments):
+class SourceArguments(Arguments):
+    """Which images, of which classes."""
+
     dataset_name: str | None = flag(
         None,
         "`digits` (1,797 handwritten digits that ship with scikit-learn), a dataset on the Hub, or a local folder "
@@ -69,7 +71,9 @@ class DataArguments(Arguments):
     image_column: str = flag("image", "The dataset's column of images.")
     label_column: str = flag("label", "The dataset's column of class labels.")
     class_subset: str | None = flag(
-        None, "Keep these classes only: a file with a class name per line, or a number of classes to pick at random."
+        None,
+        "Keep these classes only: a file with a class name per line (or its number, where no class is named by one), "
+        "or a number of classes to pick at random.",
     )
     class_subset_seed: int = flag(0, "Seed of the random class subset.")
     num_classes: int | None = flag(
@@ -77,13 +81,10 @@ class DataArguments(Arguments):
     )
     max_train_samples: int | None = flag(None, "Use the first so many examples only, for debugging.")
     resolution: int = flag(256, "Images are resized so that their shorter side is this long, then cropped square.")
-    center_crop: bool = flag(False, "Crop the centre instead of a random place.")
-    random_flip: bool = flag(False, "Mirror images at random.")
     image_interpolation_mode: Literal["nearest", "bilinear", "bicubic", "lanczos", "box"] = flag(
         "lanczos", "How images are resized."
     )
     max_bad_images: int = flag(10, "Unreadable images are named and skipped up to this number, then the run stops.")
-    dataloader_num_workers: int = flag(0, "Processes that load data; 0 loads in the training process.")
     # No flags: whether training needs classes, and which of the flags about columns a folder of images heeds.
     needs_classes = True
     heeded_by_a_folder = ()
@@ -112,11 +113,24 @@ class DataArguments(Arguments):
             "--class_subset_seed has no effect unless --class_subset is a number of classes.",
         )
         require(self.resolution > 0, f"--resolution is {self.resolution}, but it must be a positive number of pixels.")
-        for name in ("max_bad_images", "dataloader_num_workers"):
-            require(getattr(self, name) >= 0, f"--{name} is {getattr(self, name)}, but it must not be negative.")
+        require(self.max_bad_images >= 0, f"--max_bad_images is {self.max_bad_images}, but it must not be negative.")
         for name in ("num_classes", "max_train_samples"):
             value = getattr(self, name)
             require(value is None or value > 0, f"--{name} is {value}, but it must be positive.")
+
+
+@dataclass
+class DataArguments(SourceArguments):
+    """Images as training examples."""
+
+    center_crop: bool = flag(False, "Crop the centre instead of a random place.")
+    random_flip: bool = flag(False, "Mirror images at random.")
+    dataloader_num_workers: int = flag(0, "Processes that load data; 0 loads in the training process.")
+
+    def __post_init__(self):
+        super().__post_init__()
+        workers = self.dataloader_num_workers
+        require(workers >= 0, f"--dataloader_num_workers is {workers}, but it must not be negative.")
 
 
 @dataclass
@@ -463,10 +477,30 @@ class SamplingArguments(Arguments):
         None, "The column of texts of a table or dataset; the default is `text`, `caption` or `prompt`."
     )
     prompt_split: str | None = flag(None, "The split of a dataset of prompts; the default is `validation`.")
+    controls: str | None = flag(
+        None,
+        "What a pipeline with a ControlNet or adapter draws after: `digits`, a folder by prepare_dataset.py, or "
+        "a dataset's Hub id; an image's class, or its prompt, is that of the same example.",
+    )
+    controls_split: str | None = flag(
+        None, "The split of digits (`test` by default) or of a dataset of controls (`validation` by default)."
+    )
+    control_column: str | None = flag(
+        None, "The column of control images; the default is the one that the adapter was trained on, or `canny`."
+    )
+    controls_caption_column: str | None = flag(
+        None, "The column of captions that a text-to-image pipeline draws from; the default is `caption`."
+    )
+    conditioning_scale: float = flag(
+        1.0, "What is multiplied by what a ControlNet or adapter reads from the control; at 0 it is not heeded."
+    )
+    base_pipeline: str | None = flag(
+        None, "For a --pipeline that is an adapter folder: another base than the one it was trained on."
+    )
     num_images: int = flag(1000, "Number of images.")
     batch_size: int = flag(50, "Images per chunk; the bits of an image depend on it, not on the number of processes.")
     class_sampling: Literal["balanced", "random"] = flag(
-        "balanced", "`balanced`: the classes, or the prompts, in turn. `random`: drawn uniformly."
+        "balanced", "`balanced`: the classes, the prompts or the controls in turn. `random`: drawn uniformly."
     )
     num_inference_steps: int = flag(50, "Sampling steps.")
     scheduler: str | None = flag(
@@ -489,6 +523,25 @@ class SamplingArguments(Arguments):
             require(
                 self.prompts is not None or getattr(self, name) is None, f"--{name} has no effect without --prompts."
             )
+        for name, default in (
+            ("controls_split", None),
+            ("control_column", None),
+            ("controls_caption_column", None),
+            ("conditioning_scale", 1.0),
+        ):
+            require(
+                self.controls is not None or getattr(self, name) == default,
+                f"--{name} has no effect without --controls.",
+            )
+        require(
+            self.controls is None or self.prompts is None,
+            "--prompts has no effect with --controls: images are drawn from the captions of the same examples; leave "
+            "it off.",
+        )
+        require(
+            0 <= self.conditioning_scale < math.inf,
+            f"--conditioning_scale is {self.conditioning_scale}, but it must be a number from 0 on.",
+        )
 
 
 DEFAULT_RANK = 4

@@ -17,13 +17,13 @@ from noisycond import dry_run
 from noisycond.captions import CaptionTally
 from noisycond.class_conditional import label_conditions, open_corruption
 from noisycond.condition_kinds import CAPTIONS, LABELS, require_kind
+from noisycond.control_set import ControlSet, open_controls
 from noisycond.corruption import LabelCorruption
 from noisycond.data.batches import Batches
 from noisycond.data.corruption_map import save_corruption_map
-from noisycond.data.images import UNREADABLE, Transform
-from noisycond.data.opening import TrainingData, open_batches, open_controls, open_training_data
+from noisycond.data.opening import TrainingData, find_controls, open_batches, open_training_data
 from noisycond.data.rewriting import rewrite_captions, rewritings_file
-from noisycond.data.sources import Digits, ImageSource, read_class_names
+from noisycond.data.sources import ImageSource, read_class_names
 from noisycond.data.text_cache import reading
 from noisycond.denoisers.class_pipelines import (
     check_latents,
@@ -39,6 +39,7 @@ from noisycond.denoisers.control import ControlledUNet
 from noisycond.denoisers.presets import Preset
 from noisycond.denoisers.text_pipelines import TextPipeline, open_text_pipeline, peek_text_pipeline
 from noisycond.errors import InputError, require
+from noisycond.evaluation.in_training import TrainingEvaluation, evaluation_controls
 from noisycond.first_stage import FirstStage, open_first_stage, peek_first_stage, state_hash, taken_from
 from noisycond.noise_schedule import make_betas, schedule_of_scheduler
 from noisycond.objective import PREDICTION_TYPES, DiffusionObjective
@@ -137,38 +138,21 @@ class Base(ABC):
 
     def shown(self) -> Shown:
         """What sample grids show: of digits held-out ones, a row per class, else training examples, spread evenly."""
-        args = self.args
+        args, own = self.args, self.data.source
         if args.dataset_name == "digits":
-            source: ImageSource = Digits("test")
-            own = self.data.source.class_names
-            rows = [int((source.labels == source.class_names.index(name)).nonzero()[0][0]) for name in own[:SHOWN]]
+            held_out = open_controls("--dataset_name", "digits")
+            source = held_out.source
+            rows = [
+                int((source.labels == source.class_names.index(name)).argmax()) for name in own.class_names[:SHOWN]
+            ]
         else:
-            source = self.data.source
+            held_out, source = ControlSet("--dataset_name", args.dataset_name or args.train_data_dir, None, own), own
             count = min(SHOWN, len(source))
             rows = [row * len(source) // count for row in range(count)]
-        square = Transform(args.resolution, center_crop=True)
-        rows, pairs = zip(*(self._readable(source, row) for row in rows), strict=True)
-        controls, targets = (
-            [_as_image(square.pixels(pair[place], row, 0)) for row, pair in zip(rows, pairs, strict=True)]
-            for place in (0, 1)
-        )
-        return Shown(controls, targets, self.conditions_of(source, list(rows)))
-
-    def _readable(self, source: ImageSource, row: int) -> tuple[int, tuple[Image.Image, Image.Image]]:
-        """This example, or the next one that can be read: which it is, its control and its image."""
-        resolution = self.args.resolution
-        for candidate in range(row, row + len(source)):
-            candidate %= len(source)
-            try:
-                pair = (
-                    source.control(self.args.control_column, candidate, resolution),
-                    source.read(candidate, resolution),
-                )
-            except UNREADABLE:  # it is named when its turn comes
-                continue
-            if pair[0].size == pair[1].size:
-                return candidate, pair
-        raise InputError("no image can be read together with its control.")
+        controls = held_out.of_column(args.control_column)
+        pictures = [_next_pair(controls, row, args.resolution) for row in rows]
+        rows, drawn, targets = map(list, zip(*pictures, strict=True))
+        return Shown(drawn, targets, self.conditions_of(source, rows))
 
     @property
     @abstractmethod
@@ -182,6 +166,10 @@ class Base(ABC):
     @abstractmethod
     def encoder(self) -> nn.Module:
         """The frozen condition encoder, with the baselines that the flags ask for."""
+
+    @abstractmethod
+    def evaluation(self) -> TrainingEvaluation:
+        """Of the images that are drawn after controls."""
 
     @abstractmethod
     def batches(self, accelerator: Accelerator) -> Batches:
@@ -212,16 +200,24 @@ class Base(ABC):
         """Puts aside again, after a look, what a pipeline took to its device and training does not need there."""
 
 
+def _next_pair(controls: ControlSet, row: int, side: int) -> tuple[int, Image.Image, Image.Image]:
+    """This example, or the next one that can be read, for one that cannot does not stop a run: which it is, its
+    control and its image."""
+    size = len(controls.source)
+    for candidate in range(row, row + size):
+        candidate %= size
+        try:
+            return candidate, controls.control(candidate, side), controls.target(candidate, side)
+        except InputError as error:  # it is named when its turn comes
+            problem = error
+    raise problem
+
+
 def _data_that_is_here(args) -> TrainingData | None:
     data = dry_run.open_what_is_here(args)
     if data is not None:
-        open_controls(data, args.control_column)
+        find_controls(data, args.control_column)
     return data
-
-
-def _as_image(pixels: torch.Tensor) -> Image.Image:
-    """[3, R, R] in [-1, 1] to an image."""
-    return Image.fromarray(((pixels + 1.0) * 127.5).round().byte().permute(1, 2, 0).numpy())
 
 
 class ClassBase(Base):
@@ -244,7 +240,7 @@ class ClassBase(Base):
         """
         self, source = cls._found(args)
         self.data = open_training_data(args)
-        open_controls(self.data, args.control_column)
+        find_controls(self.data, args.control_column)
         self.tally, self.groups = open_corruption(args, self.data)
         self.pipeline = open_class_pipeline(source)
         self.unet, self.embedder = self.pipeline.unet, self.pipeline.class_embedder
@@ -312,6 +308,10 @@ class ClassBase(Base):
             encoder.table.load_state_dict(self.embedder.embedding.state_dict())
         return encoder.requires_grad_(False)
 
+    def evaluation(self) -> TrainingEvaluation:
+        controls = evaluation_controls(self.args)
+        return TrainingEvaluation(self.args, self.class_names or self.data.source.class_names, controls=controls)
+
     def batches(self, accelerator: Accelerator) -> Batches:
         self.first_stage.to(accelerator.device)
         return open_batches(self.args, self.data, accelerator, self.first_stage)
@@ -355,7 +355,7 @@ class TextBase(Base):
         self = cls()
         self._take(args, open_text_pipeline(**cls._named(args), seed=args.seed), open_first_stage)
         self.data = open_training_data(args, mask_word=mask_word_of(self.model.text))
-        open_controls(self.data, args.control_column)
+        find_controls(self.data, args.control_column)
         self._check_latents()
         self._take_schedule()
         rewrite_captions(args, self.data, rewritings_file(args, self.data), accelerator)
@@ -406,6 +406,10 @@ class TextBase(Base):
         text = self.model.text
         text.embedding_dropout, text.seed = self.args.embedding_dropout, self.args.seed
         return text
+
+    def evaluation(self) -> TrainingEvaluation:
+        controls = evaluation_controls(self.args, of_captions=True)
+        return TrainingEvaluation(self.args, prompts=controls.prompts, controls=controls)
 
     def batches(self, accelerator: Accelerator) -> Batches:
         text = self.model.text

@@ -1,10 +1,10 @@
-"""Model cards: what was trained, with which corruption and CEP, and how to load it."""
+"""Cards: what was trained, with which corruption and CEP, and how to load it; of datasets, their columns."""
 
 import inspect
 from collections.abc import Sequence
 from pathlib import Path
 
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import DatasetCard, ModelCard, ModelCardData
 
 from noisycond.data.shard_names import redacted
 
@@ -116,6 +116,39 @@ first_stage = {model_class}.from_pretrained("{repo_id or UNKNOWN_PLACE}")
 ```
 
 {_table(settings)}
+"""
+    )
+
+
+def dataset_card(title: str, columns: dict[str, str], settings: dict[str, object], below: str = "") -> DatasetCard:
+    """The card of a prepared dataset.
+
+    Args:
+        columns: what each column holds. settings: see [`model_card`]. below: what is said under the tables.
+    """
+    listed = "| column | what |\n| --- | --- |\n" + "".join(
+        f"| `{name}` | {what} |\n" for name, what in columns.items()
+    )
+    return DatasetCard(
+        f"""---
+tags:
+- noisycond
+- controlnet
+---
+# {title}
+
+Prepared with noisycond.
+
+```py
+from datasets import load_from_disk
+
+dataset = load_from_disk("{UNKNOWN_PLACE}")
+```
+
+{listed}
+{_table(settings)}
+
+{below}
 """
     )
 

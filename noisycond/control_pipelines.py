@@ -34,6 +34,7 @@ from noisycond.pipelines import (
 
 FACTS = "adapter.json"
 # The files of our control pipelines, each with an adapter of its own, by the condition of the base.
+CODE = ldm_class_to_image_control.PIPELINE_FILE
 MODULES = {LABELS: ldm_class_to_image_control, CAPTIONS: ldm_text_to_image_control}
 KINDS = ("controlnet", "t2i_adapter")
 
@@ -205,17 +206,23 @@ def loading_code(
     kind, in_diffusers = type(pipeline).__name__, type(pipeline).__module__.startswith("diffusers.")
     slot = "adapter" if getattr(pipeline, "controlnet", None) is None else "controlnet"
     adapter = type(getattr(pipeline, slot)).__name__
-    stock = hasattr(diffusers, adapter)
-    names = [kind if in_diffusers else "DiffusionPipeline", adapter if stock else "AutoModel"]
-    trust = "" if in_diffusers else f', custom_pipeline="{location}", trust_remote_code=True'
-    trust += "" if revision is None else f', revision="{revision}"'
-    load = f'{adapter}.from_pretrained("{location}")'
-    if not stock:
-        load = f'AutoModel.from_pretrained("{location}", trust_remote_code=True)'
+    at = "" if revision is None else f', revision="{revision}"'
+    names, utils, load, find = [adapter], ["load_image"], f'{adapter}.from_pretrained("{location}")', ""
+    if not hasattr(diffusers, adapter):
+        names, load = ["AutoModel"], f'AutoModel.from_pretrained("{location}", trust_remote_code=True)'
+    if in_diffusers:
+        names.append(kind)
+    else:
+        # `DiffusionPipeline` would prefer the code of the base's folder to that of a local `custom_pipeline`.
+        utils.append("get_class_from_dynamic_module")
+        find = f"""{kind} = get_class_from_dynamic_module(
+    "{location}", "{CODE}", class_name="{kind}", trust_remote_code=True
+)
+"""
     return f"""from diffusers import {", ".join(sorted(names))}
-from diffusers.utils import load_image
+from diffusers.utils import {", ".join(sorted(utils))}
 
-{slot} = {load}
-pipeline = {names[0]}.from_pretrained("{base}", {slot}={slot}{trust})
+{find}{slot} = {load}
+pipeline = {kind}.from_pretrained("{base}", {slot}={slot}{at})
 image = pipeline({call}, image=load_image("control.png")).images[0]
 """

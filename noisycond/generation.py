@@ -2,13 +2,16 @@
 
 generation.json   the settings and a hash of the weights
 NNNNNN.png        the images, by number
-metadata.jsonl    file name and label of each, written when all are there
+controls/         the control images that they are drawn after, where there are some, by their place among the controls
+metadata.jsonl    file name, label, text and control of each, written when all are there
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from diffusers import DiffusionPipeline
@@ -17,10 +20,15 @@ from tqdm import tqdm
 
 from noisycond import sampling
 from noisycond.arguments import SamplingArguments
+from noisycond.control_pipelines import adapter_facts, is_adapter, open_control_pipeline
+from noisycond.control_set import CONTROL_COLUMN, CONTROL_KEY, ControlSet, open_controls
 from noisycond.errors import InputError, in_one_line, require, writing
 from noisycond.processes import on_all, on_main
 from noisycond.prompts import Prompts, open_prompts
 from noisycond.run_folder import differences, write_atomically
+
+
+CONTROLS = "controls"  # the folder of control images, beside the images
 
 
 @dataclass(frozen=True)
@@ -64,6 +72,8 @@ class OpenPipeline:
         num_classes: K; None of a text-to-image pipeline.
         class_names: K names where the folder has them; of a text-to-image pipeline those of the prompts.
         prompts: what a text-to-image pipeline draws; None of a class-conditional one.
+        controls: what a pipeline with a ControlNet or adapter draws after; None of others. control_labels [M]: the
+            class that goes with each, int64; None of a text-to-image pipeline.
     """
 
     name: str
@@ -72,12 +82,28 @@ class OpenPipeline:
     num_classes: int | None
     class_names: list[str] | None
     prompts: Prompts | None = None
+    controls: ControlSet | None = None
+    control_labels: np.ndarray | None = None
+
+    def control_places(self, settings: ImageSettings) -> list[int] | None:
+        """Which control each image is drawn after; None without controls."""
+        if self.controls is None:
+            return None
+        return self.controls.places(settings.num_images, settings.class_sampling, settings.seed)
 
     def conditions(self, settings: ImageSettings) -> tuple[list[int] | list[str], list[dict]]:
         """What each image is drawn from, a class label or a prompt, and what metadata.jsonl says of it."""
+        conditions, rows = self._classes_or_prompts(settings)
+        places = self.control_places(settings)
+        if places is not None:
+            rows = [row | {CONTROL_KEY: _control_file(place)} for row, place in zip(rows, places, strict=True)]
+        return conditions, rows
+
+    def _classes_or_prompts(self, settings: ImageSettings) -> tuple[list[int] | list[str], list[dict]]:
         if self.prompts is None:
-            labels = settings.labels(self.num_classes).tolist()
-            return labels, [{"label": label} for label in labels]
+            places = self.control_places(settings)
+            labels = settings.labels(self.num_classes) if places is None else self.control_labels[places]
+            return labels.tolist(), [{"label": label} for label in labels.tolist()]
         places = self.prompts.places(settings.num_images, settings.class_sampling, settings.seed)
         rows: list[dict] = [{"text": self.prompts.texts[place]} for place in places]
         if self.prompts.labels is not None:
@@ -96,41 +122,138 @@ def named_prompts(args: SamplingArguments) -> Prompts | None:
     return open_prompts("--prompts", args.prompts, args.prompt_split, args.prompt_column)
 
 
-def check_kind(name: str, kind: type[DiffusionPipeline], prompts: Prompts | None) -> None:
-    """Raises InputError where a class of pipelines draws from prompts and there are none, or the reverse."""
-    takes_prompts = sampling.takes_prompts(kind)
+def named_conditions(args: SamplingArguments, pipelines: Sequence[str]) -> tuple[Prompts | None, ControlSet | None]:
+    """The prompts and the controls that the flags name, for these pipelines: with --controls the prompts are the
+    captions of the same examples, where the pipelines draw from prompts.
+
+    Raises:
+        InputError: see [`noisycond.prompts.open_prompts`] and [`noisycond.control_set.open_controls`].
+    """
+    if args.controls is None:
+        return named_prompts(args), None
+    controls = open_controls("--controls", args.controls, args.controls_split, args.conditioning_scale)
+    asked = args.controls_caption_column is not None
+    if asked or any(kind is not None and kind.takes_prompts for kind in map(declared_kind, pipelines)):
+        controls = controls.with_captions(args.controls_caption_column)
+    return controls.prompts, controls
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What pipelines of one kind draw from. `name`: what a message calls them."""
+
+    name: str
+    takes_prompts: bool
+    takes_controls: bool
+
+    @classmethod
+    def of(cls, pipeline: type[DiffusionPipeline]) -> "Kind":
+        return cls(f"a {pipeline.__name__}", sampling.takes_prompts(pipeline), sampling.takes_controls(pipeline))
+
+
+def declared_kind(name: str) -> Kind | None:
+    """The kind of a pipeline or adapter folder, as declared; None where that is not known before its code is run.
+
+    Raises:
+        InputError: see [`noisycond.sampling.declared_class`] and [`noisycond.control_pipelines.adapter_facts`].
+    """
+    if is_adapter(name):
+        facts = adapter_facts(name)
+        return Kind(f"an adapter on {facts.condition}", facts.condition == "captions", True)
+    declared = sampling.declared_class(name)
+    return None if declared is None else Kind.of(declared)
+
+
+def check_kind(name: str, kind: Kind, prompts: Prompts | None, controls: ControlSet | None = None) -> None:
+    """Raises InputError where a kind of pipelines draws from prompts, or after controls, and there are none, or the
+    reverse."""
     require(
-        prompts is not None or not takes_prompts,
-        f"--pipeline {name}: a {kind.__name__} draws from prompts; give --prompts.",
+        controls is not None or not kind.takes_controls,
+        f"--pipeline {name}: {kind.name} draws after control images; give --controls.",
     )
     require(
-        prompts is None or takes_prompts,
-        f"--prompts has no effect on --pipeline {name}: a {kind.__name__} draws from class labels; leave it off.",
+        controls is None or kind.takes_controls,
+        f"--controls has no effect on --pipeline {name}: {kind.name} draws after no control images; leave it off.",
     )
+    require(
+        prompts is not None or not kind.takes_prompts,
+        f"--pipeline {name}: {kind.name} draws from prompts; give "
+        f"{'--prompts' if controls is None else '--controls_caption_column'}.",
+    )
+    require(
+        prompts is None or kind.takes_prompts,
+        f"{'--prompts has' if controls is None else 'captions of --controls have'} no effect on --pipeline {name}: "
+        f"{kind.name} draws from class labels; leave {'it' if controls is None else '--controls_caption_column'} off.",
+    )
+
+
+def controls_of(name: str, controls: ControlSet | None, column: str | None) -> ControlSet | None:
+    """The controls as a pipeline takes them: of the column that was asked for, or that its adapter was trained on.
+
+    Raises:
+        InputError: there is no such column.
+    """
+    if controls is None:
+        return None
+    facts = adapter_facts(name) if is_adapter(name) else None
+    known = CONTROL_COLUMN if facts is None else facts.control_column
+    column = column or known
+    return controls.of_column(column, facts.annotator if facts is not None and column == known else None)
 
 
 def open_for_drawing(
-    name: str, args: SamplingArguments, accelerator: Accelerator, prompts: Prompts | None = None
+    name: str,
+    args: SamplingArguments,
+    accelerator: Accelerator,
+    prompts: Prompts | None = None,
+    controls: ControlSet | None = None,
 ) -> OpenPipeline:
-    """Opens a pipeline with the scheduler and the precision that were asked for, on this process's device.
+    """Opens a pipeline, or an adapter folder around its base, with the scheduler and precision that were asked for, on
+    this process's device.
 
     Raises:
-        InputError: it takes prompts and there are none, or the reverse; it cannot sample as asked; or see
-            [`noisycond.sampling.open_pipeline`].
+        InputError: it takes prompts or controls and there are none, or the reverse; it cannot sample as asked; or see
+            [`noisycond.sampling.open_pipeline`] and [`noisycond.control_pipelines.open_control_pipeline`].
     """
-    pipeline = sampling.open_pipeline(name, args.trust_remote_code)
-    check_kind(name, type(pipeline), prompts)
+    adapts = is_adapter(name)
+    require(
+        adapts or args.base_pipeline is None,
+        f"--base_pipeline has no effect on --pipeline {name}: it is a whole pipeline and no adapter; leave it off.",
+    )
+    if adapts:
+        kind = declared_kind(name)
+        check_kind(name, kind, prompts, controls)
+        pipeline = open_control_pipeline(name, args.base_pipeline)
+        other = "class labels" if kind.takes_prompts else "prompts"
+        require(
+            sampling.takes_prompts(pipeline) == kind.takes_prompts,
+            f"--base_pipeline {args.base_pipeline}: it draws from {other}, but --pipeline {name} is {kind.name}.",
+        )
+    else:
+        pipeline = sampling.open_pipeline(name, args.trust_remote_code)
+        check_kind(name, Kind.of(type(pipeline)), prompts, controls)
+    count = sampling.number_of_controls(pipeline)
+    require(count <= 1, f"--pipeline {name}: it takes {count} control images per image, but here each has one.")
     if args.scheduler is not None:
         sampling.set_scheduler(pipeline, args.scheduler)
     sampling.check_steps(pipeline, args.num_inference_steps)
     pipeline.to(accelerator.device)
     if args.torch_dtype != "float32":
         pipeline.to(getattr(torch, args.torch_dtype))
-    weights = sampling.fingerprint(pipeline)
+    opened = OpenPipeline(name, pipeline, sampling.fingerprint(pipeline), None, None, prompts)
+    opened.controls = controls_of(name, controls, args.control_column)
     if prompts is not None:
-        return OpenPipeline(name, pipeline, weights, None, prompts.class_names, prompts)
-    num_classes, class_names = sampling.number_of_classes(pipeline, name), sampling.class_names(name)
-    return OpenPipeline(name, pipeline, weights, num_classes, class_names)
+        opened.class_names = prompts.class_names
+        return opened
+    facts = adapter_facts(name) if adapts else None
+    source = name if facts is None else args.base_pipeline or facts.base
+    opened.num_classes = sampling.number_of_classes(pipeline, source)
+    opened.class_names = sampling.class_names(source)
+    if facts is not None and args.base_pipeline is None:
+        opened.class_names = opened.class_names or facts.class_names
+    if controls is not None:
+        opened.control_labels = controls.labels(opened.class_names, opened.num_classes, name)
+    return opened
 
 
 def draw_images(opened: OpenPipeline, settings: ImageSettings, folder: Path, accelerator: Accelerator) -> int:
@@ -148,6 +271,8 @@ def draw_images(opened: OpenPipeline, settings: ImageSettings, folder: Path, acc
     """
     (conditions, told), chunks = opened.conditions(settings), settings.chunks()
     on_main(accelerator, lambda: _claim(folder, settings, opened))
+    if opened.controls is not None:
+        _save_controls(opened, settings, folder, accelerator)
 
     def lacking() -> list[int]:
         here = {path.name for path in folder.glob(f"*.{settings.image_format}")}
@@ -165,6 +290,7 @@ def draw_images(opened: OpenPipeline, settings: ImageSettings, folder: Path, acc
                 seed=settings.seed,
                 guidance_scale=settings.guidance_scale,
                 num_inference_steps=settings.num_inference_steps,
+                **_controlled(opened, folder, [told[number] for number in chunks[i]]),
             )
             for number, image in zip(chunks[i], images, strict=True):
                 _save_image(image, folder / _file_name(settings, number), opened)
@@ -181,19 +307,62 @@ def draw_images(opened: OpenPipeline, settings: ImageSettings, folder: Path, acc
     return sum(len(chunks[i]) for i in missing)
 
 
+def _save_controls(opened: OpenPipeline, settings: ImageSettings, folder: Path, accelerator: Accelerator) -> None:
+    """Writes the control images that the folder lacks, of the size of the pipeline's images, on all processes."""
+    side = sampling.image_size(opened.pipeline)
+
+    def lacking() -> list[int]:
+        with writing(_where(opened, folder), CONTROLS):
+            (folder / CONTROLS).mkdir(exist_ok=True)
+        here = {path.name for path in (folder / CONTROLS).glob("*.png")}
+        places = sorted(set(opened.control_places(settings)))
+        return [place for place in places if Path(_control_file(place)).name not in here]
+
+    missing = on_main(accelerator, lacking)
+    mine = missing[accelerator.process_index :: accelerator.num_processes]
+
+    def save() -> None:
+        silent = not accelerator.is_main_process or not mine
+        for place in tqdm(mine, desc="control images", unit="image", delay=1, disable=silent):
+            _save_image(opened.controls.control(place, side), folder / _control_file(place), opened)
+
+    on_all(accelerator, save)
+
+
+def _controlled(opened: OpenPipeline, folder: Path, rows: Sequence[dict]) -> dict:
+    """What [`noisycond.sampling.sample`] is given beside labels or prompts: the saved control images of these rows."""
+    if opened.controls is None:
+        return {}
+    controls = []
+    for row in rows:
+        with Image.open(folder / row[CONTROL_KEY]) as image:
+            controls.append(image.convert("RGB"))
+    return {"controls": controls, "conditioning_scale": opened.controls.scale}
+
+
+def _control_file(place: int) -> str:
+    return f"{CONTROLS}/{place:06d}.png"
+
+
 def _claim(folder: Path, settings: ImageSettings, opened: OpenPipeline) -> None:
     settings_file, where = folder / "generation.json", _where(opened, folder)
     about = {"pipeline": opened.name} | asdict(settings)
     about |= {"weights": opened.weights, "class_names": opened.class_names}
     if opened.prompts is not None:
         about |= {"prompts": opened.prompts.settings()}
+    if opened.controls is not None:
+        about |= {"controls": opened.controls.settings()}
     if settings_file.exists():
         earlier = _read_earlier(settings_file, where)
         different = differences(earlier, asdict(settings), {"num_images"})
         if earlier.get("weights") != opened.weights:
             different.append(f"the pipeline {opened.name} has other weights or another scheduler now")
-        if _fingerprint_of_prompts(earlier) != _fingerprint_of_prompts(about):
-            different.append("the prompts are others now")
+        for name in ("prompts", "controls"):
+            if _said_of(earlier, name, "fingerprint") != _said_of(about, name, "fingerprint"):
+                different.append(f"the {name} are others now")
+        scales = [_said_of(each, "controls", "conditioning_scale") for each in (earlier, about)]
+        if scales[0] != scales[1]:
+            different.append(f"--conditioning_scale was {scales[0]} and is {scales[1]}")
         require(not different, f"{where}: it holds images made with other settings: {'; '.join(different)}.")
         count = earlier["num_images"]
         require(
@@ -219,9 +388,10 @@ def _claim(folder: Path, settings: ImageSettings, opened: OpenPipeline) -> None:
         _write_settings(settings_file, about)
 
 
-def _fingerprint_of_prompts(about: dict) -> str | None:
-    prompts = about.get("prompts")
-    return prompts.get("fingerprint") if isinstance(prompts, dict) else None
+def _said_of(about: dict, name: str, key: str) -> object:
+    """What generation.json says of the prompts or controls; None where it says nothing."""
+    settings = about.get(name)
+    return settings.get(key) if isinstance(settings, dict) else None
 
 
 def _read_earlier(settings_file: Path, where: str) -> dict:

@@ -36,7 +36,11 @@ from noisycond.data.controls import ANNOTATORS
 from noisycond.denoisers.control import ControlledUNet
 from noisycond.denoisers.text_options import TextCacheArguments
 from noisycond.errors import InputError, in_one_line, require, writing
-from noisycond.evaluation.in_training import EvaluationArguments, TextEvaluationArguments
+from noisycond.evaluation.in_training import (
+    ControlEvaluationArguments,
+    EvaluationArguments,
+    TextEvaluationArguments,
+)
 from noisycond.pictures import control_grid
 from noisycond.processes import on_main
 from noisycond.randomness import step_keys
@@ -101,7 +105,9 @@ class PersonalizationArguments(
 
 
 @dataclass
-class ClassPersonalizationArguments(PersonalizationArguments, DataArguments, CorruptionArguments, EvaluationArguments):
+class ClassPersonalizationArguments(
+    PersonalizationArguments, DataArguments, CorruptionArguments, ControlEvaluationArguments, EvaluationArguments
+):
     """Of a class-conditional base."""
 
     base_class_names: str | None = flag(
@@ -117,6 +123,7 @@ class TextPersonalizationArguments(
     CaptionDataArguments,
     TextCacheArguments,
     CaptionCorruptionArguments,
+    ControlEvaluationArguments,
     TextEvaluationArguments,
 ):
     """Of a base that draws from prompts."""
@@ -183,9 +190,9 @@ class ControlCheck:
     """Whether a denoiser heeds its control: how much lower the loss is with an image's own control than with that of
     another, all else equal.
 
-    A ControlNet follows its control all at once, after thousands of steps (Section 3.4 of arXiv:2302.05543); before
-    that both losses are alike, and where they stay so, control and image do not belong together, or the learning rate
-    is too low.
+    A ControlNet may begin to follow its control all at once, after thousands of steps (the sudden convergence of
+    arXiv:2302.05543); before that both losses are alike, and where they stay so, control and image do not belong
+    together, or the learning rate is too low.
 
     Args:
         batches: of training examples, as [`noisycond.data.batches.Batches`] gives them.

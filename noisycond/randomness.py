@@ -56,6 +56,7 @@ class Purpose(StrEnum):
     CAPTION_SWAP = "caption swap"
     CAPTION_WORDS = "caption words"
     CAPTION_POOL = "caption pool"
+    SEGMENT_COLOUR = "colour of a segment"
 
 
 _MASK = 0xFFFFFFFF

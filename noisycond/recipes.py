@@ -79,7 +79,8 @@ def _read(path: Path, known: list[str], above: tuple[Path, ...]) -> Recipe:
     require(isinstance(values, dict), f"--recipe {path}: expected `key: value` lines, one for each flag.")
     base = values.pop("base", None)
     for key in values:
-        require(key in known, f"--recipe {path}: unknown key {key!r}{flag_hint(str(key), [*known, 'base'])}.")
+        if key not in known:  # the hint takes long
+            raise InputError(f"--recipe {path}: unknown key {key!r}{flag_hint(str(key), [*known, 'base'])}.")
     marks = {match[1]: match[2] for match in map(_MARKED.match, text.splitlines()) if match}
     if base is None:
         return Recipe(values, marks)

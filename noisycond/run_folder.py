@@ -59,6 +59,8 @@ MAY_CHANGE = {
     "eval_prompt_column",
     "eval_prompt_split",
     "eval_clip_model",
+    "eval_controls",
+    "eval_controls_split",
     "dataloader_num_workers",
     "cpu_threads_per_process",
     "cache_dir",

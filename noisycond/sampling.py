@@ -21,13 +21,26 @@ from tqdm import tqdm
 from noisycond import randomness
 from noisycond.errors import InputError, closest, in_one_line, require
 from noisycond.first_stage import state_hash
-from noisycond.pipelines import LDMClassToImagePipeline, LDMTextToImagePipeline, OriginalDiTPipeline
+from noisycond.pipelines import (
+    LDMClassToImageControlPipeline,
+    LDMClassToImagePipeline,
+    LDMTextToImageControlPipeline,
+    LDMTextToImagePipeline,
+    OriginalDiTPipeline,
+)
 from noisycond.randomness import Purpose
 
 
 logger = logging.getLogger(__name__)
 OWN_PIPELINES = {
-    kind.__name__: kind for kind in (LDMClassToImagePipeline, LDMTextToImagePipeline, OriginalDiTPipeline)
+    kind.__name__: kind
+    for kind in (
+        LDMClassToImageControlPipeline,
+        LDMClassToImagePipeline,
+        LDMTextToImageControlPipeline,
+        LDMTextToImagePipeline,
+        OriginalDiTPipeline,
+    )
 }
 # What pipelines read of their scheduler beside its timesteps, and what they give to its `step`.
 USED_BY_PIPELINES = ("init_noise_sigma", "scale_model_input", "step")
@@ -471,7 +484,7 @@ def known_classes(pipeline: DiffusionPipeline) -> int | None:
     The stock pipeline drops `id2label` when it saves; the rows of a smaller model's table that are filled with the
     null embedding (the last row) are no classes then either.
     """
-    if isinstance(pipeline, LDMClassToImagePipeline):
+    if getattr(pipeline, "class_embedder", None) is not None:
         return pipeline.class_embedder.null_class
     if not isinstance(getattr(pipeline, "transformer", None), DiTTransformer2DModel):
         return None

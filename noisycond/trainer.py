@@ -128,7 +128,8 @@ def _look(state: TrainingState, run: RunFolder, looks: Sequence[Look]) -> None:
         for look in looks:
             row = look(step)
             if row:
-                accelerator.log({f"eval_{name}": value for name, value in row.items()}, step=step)
+                numbers = {f"eval_{name}": value for name, value in row.items() if isinstance(value, (int, float))}
+                accelerator.log(numbers, step=step)  # trackers draw numbers; the choices behind them stand in the file
                 run.log_evaluation({"step": step} | row)
 
     with state.averaged_weights() if accelerator.is_main_process or state.sharded else nullcontext():

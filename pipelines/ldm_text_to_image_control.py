@@ -109,10 +109,10 @@ class _Residual(torch.nn.Module):
 
 
 class LDMAdapter(ModelMixin, ConfigMixin):
-    """A T2I-Adapter (Section 3.2 of arXiv:2302.08453) for any U-Net of `DownBlock2D` and `CrossAttnDownBlock2D`.
+    """A T2I-Adapter (arXiv:2302.08453) for any U-Net of `DownBlock2D` and `CrossAttnDownBlock2D`.
 
     The control is brought to the latents' size by a pixel unshuffle; each scale has a convolution and residual blocks,
-    and gives a feature (Eq. 2) that is added to the U-Net's encoder (Eq. 3). diffusers' `T2IAdapter` halves its
+    and gives a feature that is added to the U-Net's encoder. diffusers' `T2IAdapter` halves its
     features from one to the next, which is not where a U-Net adds them whose first block does not attend (LDM-4).
 
     Args:
@@ -213,28 +213,26 @@ class LDMMultiAdapter(ModelMixin, ConfigMixin):
     """Several adapters in one component, which is saved and loaded as one model.
 
     Args:
-        adapters: the configuration of each, with its class (`LDMAdapter` or `T2IAdapter`) as `_class_name`.
+        settings: the configuration of each, with its class (`LDMAdapter` or `T2IAdapter`) as `_class_name`.
     """
 
     _source = SOURCE
 
     @register_to_config
-    def __init__(self, adapters: list[dict]):
+    def __init__(self, settings: list[dict]):
         super().__init__()
         kinds = {"LDMAdapter": LDMAdapter, "T2IAdapter": T2IAdapter}
-        made = []
-        for settings in adapters:
-            options = {name: value for name, value in settings.items() if name != "_class_name"}
-            made.append(kinds[settings["_class_name"]](**options))
-        self.adapters = torch.nn.ModuleList(made)
+        self.adapters = torch.nn.ModuleList()
+        for each in settings:
+            options = {name: value for name, value in each.items() if name != "_class_name"}
+            self.adapters.append(kinds[each["_class_name"]](**options))
 
     @classmethod
     def of(cls, adapters: list) -> "LDMMultiAdapter":
         """These adapters, not copies of them."""
         settings = []
         for adapter in adapters:
-            options = {name: value for name, value in adapter.config.items() if not name.startswith("_")}
-            settings.append({"_class_name": type(adapter).__name__, **options})
+            settings.append({"_class_name": type(adapter).__name__, **_settings(adapter)})
         with torch.device("meta"):
             together = cls(settings)
         together.adapters = torch.nn.ModuleList(adapters)
@@ -255,6 +253,12 @@ class LDMMultiAdapter(ModelMixin, ConfigMixin):
         settings = super()._dict_from_json_file(json_file)
         settings.pop("auto_map", None)
         return settings
+
+
+def _settings(adapter: LDMAdapter | T2IAdapter) -> dict:
+    """What another adapter of the same sizes is made with. `from_config` would forget what was given by position."""
+    known = inspect.signature(type(adapter)).parameters
+    return {name: value for name, value in adapter.config.items() if name in known}
 
 
 def _write_own_code(model: LDMAdapter | LDMMultiAdapter, folder: Path) -> None:
@@ -303,17 +307,19 @@ def _join_controls(controlnet, adapter) -> tuple:
         adapter = list(adapter.adapters)
     if isinstance(controlnet, MultiControlNetModel) and len(controlnet.nets) == 1:
         controlnet = list(controlnet.nets)
-    joined = []
-    for name, given, join in (
-        ("controlnet", controlnet, MultiControlNetModel),
-        ("adapter", adapter, LDMMultiAdapter.of),
-    ):
-        if isinstance(given, (list, tuple)):
-            if not given:
-                raise ValueError(f"`{name}` is an empty list")
-            given = join(list(given)) if len(given) > 1 else given[0]
-        joined.append(given)
-    return tuple(joined)
+    name, given = ("controlnet", controlnet) if controlnet is not None else ("adapter", adapter)
+    models = list(given) if isinstance(given, (list, tuple)) else _control_models(controlnet, adapter)
+    if not models:
+        raise ValueError(f"`{name}` is an empty list")
+    # By name, as a class may stand in another copy of this file.
+    wanted = ("ControlNetModel",) if name == "controlnet" else ("LDMAdapter", "T2IAdapter")
+    for model in models:
+        if type(model).__name__ not in wanted:
+            raise ValueError(f"`{name}` is a {type(model).__name__}, but must be a {' or '.join(wanted)}")
+    if isinstance(given, (list, tuple)):
+        join = MultiControlNetModel if name == "controlnet" else LDMMultiAdapter.of
+        given = join(models) if len(models) > 1 else models[0]
+    return (given, None) if name == "controlnet" else (None, given)
 
 
 def _control_models(controlnet, adapter) -> list:
@@ -340,11 +346,10 @@ def _check_controls(unet: UNet2DConditionModel, models: list, factor: int) -> No
         factor: of the first stage.
     """
     for model in models:
-        if isinstance(model, ControlNetModel):
-            what, channels = "ControlNet", model.config.conditioning_channels
+        what = "ControlNet" if isinstance(model, ControlNetModel) else "adapter"
+        channels = model.config.conditioning_channels if what == "ControlNet" else model.config.in_channels
+        if what == "ControlNet":
             _check_controlnet(model, unet)
-        else:
-            what, channels = "adapter", model.config.in_channels
         stride = _control_factor(model)
         if stride != factor:
             name = "conditioning_embedding_out_channels" if what == "ControlNet" else "downscale_factor"
@@ -375,7 +380,7 @@ def _check_adapter(adapter: LDMAdapter | T2IAdapter, unet: UNet2DConditionModel,
     size = 2 ** len(unet.config.block_out_channels)
     wanted = LDMAdapter.features_like(unet, size, size)
     with torch.device("meta"):  # sizes without weights
-        found = type(adapter).from_config(adapter.config)(torch.empty(1, 3, size * factor, size * factor))
+        found = type(adapter)(**_settings(adapter))(torch.empty(1, 3, size * factor, size * factor))
     found = [tuple(feature.shape[1:]) for feature in found]
     # The U-Net adds one more to its middle block, where it is given.
     if found not in (wanted, [*wanted, wanted[-1]]):
@@ -544,7 +549,7 @@ class LDMTextToImageControlPipeline(DiffusionPipeline):
             negative_prompt_embeds: likewise, instead of `negative_prompt`.
             controlnet_conditioning_scale: what the ControlNet's residuals are multiplied by, or a list with one number
                 per ControlNet; 0 gives the images of the base pipeline, bit for bit.
-            adapter_conditioning_scale: likewise of adapters, whose features are added up (Eq. 5 of arXiv:2302.08453).
+            adapter_conditioning_scale: likewise of adapters, whose features are added up.
             control_guidance_start, control_guidance_end: the share of the steps at which the control begins and ends
                 to act, or a list with one number per control.
             guess_mode: of a ControlNet: the control acts on the conditional half of guidance alone, from 0.1 times its
@@ -765,18 +770,17 @@ class LDMTextToImageControlPipeline(DiffusionPipeline):
             counts: the number of conditions, and that of images.
         """
         images = list(image) if isinstance(image, (list, tuple)) else [image]
-        if not images or len({type(each) for each in images if not isinstance(each, Image.Image)}) > 1:
+        kinds = [kind for kind in (Image.Image, np.ndarray, torch.Tensor) if images and isinstance(images[0], kind)]
+        if not kinds or not all(isinstance(each, kinds[0]) for each in images):
             raise ValueError("`image` must be a PIL image, an array or a tensor, or a list of one of these.")
-        arrays = [each for each in images if not isinstance(each, Image.Image)]
-        if arrays and len(arrays) != len(images):
-            raise ValueError("`image` must be a PIL image, an array or a tensor, or a list of one of these.")
-        for each in arrays:
-            _check_array(each, height, width)
-        if arrays and len({each.shape[-3:] for each in arrays}) > 1:
-            raise ValueError(f"`image` has the shapes {[tuple(each.shape) for each in arrays]}, but must have one.")
-        if arrays:
-            join = torch.cat if isinstance(arrays[0], torch.Tensor) else np.concatenate
-            images = join([each[None] if each.ndim == 3 else each for each in arrays])
+        if kinds[0] is not Image.Image:
+            for each in images:
+                _check_array(each, height, width)
+            shapes = {tuple(each.shape[-3:]) for each in images}
+            if len(shapes) > 1:
+                raise ValueError(f"`image` has images of the shapes {sorted(shapes)}, but they must be of one.")
+            join = torch.cat if kinds[0] is torch.Tensor else np.concatenate
+            images = join([each[None] if each.ndim == 3 else each for each in images])
         control = self.control_image_processor.preprocess(images, height=height, width=width).float()
         conditions, count = counts
         if len(control) not in (1, conditions, count):
@@ -928,7 +932,7 @@ class LDMTextToImageControlPipeline(DiffusionPipeline):
                     )
             pipeline = super().from_pretrained(folder, **kwargs)
         except FAILURES as error:
-            raise ValueError(f"{name}: diffusers cannot open it ({' '.join(str(error).split())}).") from error
+            raise ValueError(f"{name}: cannot be opened ({' '.join(str(error).split())}).") from error
         pipeline.register_to_config(_name_or_path=name)
         return pipeline
 
@@ -947,8 +951,6 @@ def _check_array(image: np.ndarray | torch.Tensor, height: int, width: int) -> N
     """Raises ValueError for an array or a tensor that is no control image, or would be distorted."""
     is_tensor = isinstance(image, torch.Tensor)
     layout = "[3, H, W] or [N, 3, H, W]" if is_tensor else "[H, W, 3] or [N, H, W, 3]"
-    if not is_tensor and not isinstance(image, np.ndarray):
-        raise ValueError("`image` must be a PIL image, an array or a tensor, or a list of one of these.")
     shape = tuple(image.shape)
     if len(shape) not in (3, 4) or shape[-3 if is_tensor else -1] != 3:
         raise ValueError(f"`image` has the shape {shape}, but {layout} is expected.")

@@ -49,6 +49,11 @@ class Transform:
 
     def pixels(self, image: Image.Image, index: int, epoch: int) -> torch.Tensor:
         """The image without the mirror: float32 [3, R, R] in [-1, 1]."""
+        square = self.cropped(image, index, epoch)
+        return torch.from_numpy(np.array(square)).permute(2, 0, 1).to(torch.float32) / 127.5 - 1.0
+
+    def cropped(self, image: Image.Image, index: int, epoch: int) -> Image.Image:
+        """The image without the mirror, R pixels square."""
         size = self.resolution
         if min(image.size) != size:
             image = F.resize(image, size, InterpolationMode(self.interpolation))
@@ -58,8 +63,7 @@ class Transform:
         elif left or top:
             draws = randomness.uniform(self.seed, Purpose.CROP, torch.tensor([index]), (2,), epoch)[0]
             left, top = int(draws[0] * (left + 1)), int(draws[1] * (top + 1))
-        image = image.crop((left, top, left + size, top + size))
-        return torch.from_numpy(np.array(image)).permute(2, 0, 1).to(torch.float32) / 127.5 - 1.0
+        return image.crop((left, top, left + size, top + size))
 
 
 class BadImages:

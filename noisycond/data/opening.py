@@ -35,7 +35,7 @@ class TrainingData:
         images: examples as pixels. bad_images: counts those that cannot be read, or have no caption.
         facts: what a resumed run must share, as JSON values.
         captions: of [`CaptionDataArguments`]; a stream's are drawn while it is read.
-        controls: control images, see [`open_controls`].
+        controls: control images, see [`find_controls`].
     """
 
     images: LabelledImages | StreamedImages
@@ -78,7 +78,7 @@ def open_training_data(args: DataArguments, keep_index: bool = True, mask_word: 
     return TrainingData(LabelledImages(source, transform), bad_images, facts, captions)
 
 
-def open_controls(data: TrainingData, column: str) -> None:
+def find_controls(data: TrainingData, column: str) -> None:
     """Finds the control images of the data, not a stream, in the column that --control_column names.
 
     Raises:

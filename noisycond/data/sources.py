@@ -34,7 +34,8 @@ class ImageSource:
         class_names: K names, in the order of the labels; none where nothing says the classes, and all labels are 0.
         fingerprint: a string that tells one dataset from another, wherever it lies; a resumed run must share it.
         version: a string that also changes when files were touched; with the fingerprint it keys the latent cache.
-        texts: N texts that the images were drawn from, or None.
+        texts: N texts that the images were drawn from, or None. controls: what generated images were drawn after, a
+            [`noisycond.evaluation.control.Controls`], or None.
     """
 
     labels: np.ndarray
@@ -42,6 +43,7 @@ class ImageSource:
     fingerprint: str
     version: str = ""
     texts: list[str] | None = None
+    controls = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -53,6 +55,10 @@ class ImageSource:
 
     def name(self, index: int) -> str:
         """What a message calls the image."""
+        raise NotImplementedError
+
+    def id(self, index: int) -> str:
+        """What tells the image from the others, wherever the dataset lies: its path within, or split/index."""
         raise NotImplementedError
 
     def captions(self, column: str, option: str = "--caption_column") -> list[list[str]]:
@@ -130,6 +136,7 @@ class Digits(ImageSource):
             raise InputError(f"--dataset_split {split}: digits has the splits {' and '.join(self.SPLITS)}.")
         images, labels = load_digits(return_X_y=True)
         chosen = train_test_split(np.arange(len(labels)), test_size=0.2, random_state=0, stratify=labels)
+        self.split = split
         self.positions = np.sort(chosen[self.SPLITS.index(split)])
         self.pixels = np.rint(images[self.positions].reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)
         self.labels = labels[self.positions].astype(np.int64)
@@ -143,6 +150,9 @@ class Digits(ImageSource):
 
     def name(self, index: int) -> str:
         return f"digit {self.positions[index]}"
+
+    def id(self, index: int) -> str:
+        return f"{self.split}/{index}"
 
     def captions(self, column: str, option: str = "--caption_column") -> list[list[str]]:
         from noisycond.data.digit_captions import captions_of  # it needs this module
@@ -194,6 +204,9 @@ class ImageFolder(ImageSource):
 
     def name(self, index: int) -> str:
         return str(self.root / self.names[index])
+
+    def id(self, index: int) -> str:
+        return self.names[index]
 
 
 class MetadataFolder(ImageSource):
@@ -298,6 +311,9 @@ class MetadataFolder(ImageSource):
         with Image.open(self.name(index)) as image:
             return image.size
 
+    def id(self, index: int) -> str:
+        return self.names[index]
+
     def captions(self, column: str, option: str = "--caption_column") -> list[list[str]]:
         self._require_key(option, column)
         captions: list[list[str]] = []
@@ -353,7 +369,7 @@ class HuggingFaceDataset(ImageSource):
         import datasets
 
         dataset = self._open(datasets, name, config, split, cache_dir)
-        self.title, self.image_column = name, image_column
+        self.title, self.split, self.image_column = name, split, image_column
         for option, column in (("--image_column", image_column), ("--label_column", label_column)):
             if column is not None:
                 self._require_column(dataset, option, column)
@@ -448,6 +464,9 @@ class HuggingFaceDataset(ImageSource):
         with self._opened(column, index) as image:
             return image.convert("RGB")
 
+    def id(self, index: int) -> str:
+        return f"{self.split}/{index}"
+
     def captions(self, column: str, option: str = "--caption_column") -> list[list[str]]:
         self._require_column(self.dataset, option, column)
         # A column of images would be read whole before its first value is refused.
@@ -483,6 +502,9 @@ class Subset(ImageSource):
     def control(self, column: str, index: int, resolution: int) -> Image.Image:
         return self.source.control(column, int(self.kept[index]), resolution)
 
+    def id(self, index: int) -> str:
+        return self.source.id(int(self.kept[index]))
+
     def captions(self, column: str, option: str = "--caption_column") -> list[list[str]]:
         captions = self.source.captions(column, option)
         return [captions[index] for index in self.kept]
@@ -507,10 +529,11 @@ def read_class_names(option: str, path: str) -> list[str]:
 
 
 def choose_classes(class_names: list[str], class_subset: str, seed: int) -> list[int]:
-    """The classes of `--class_subset`: a number to pick at random with this seed, or a file with a name per line.
+    """The classes of `--class_subset`: a number to pick at random with this seed, or a file with a name per line, or
+    with a class's number where no class is named by a number.
 
     Raises:
-        InputError: no such file, an unknown or repeated name, or more classes than there are.
+        InputError: no such file, an unknown or repeated class, or more classes than there are.
     """
     if class_subset.isdigit():
         count = int(class_subset)
@@ -520,12 +543,16 @@ def choose_classes(class_names: list[str], class_subset: str, seed: int) -> list
     path = Path(class_subset)
     if not path.is_file():
         raise InputError(f"--class_subset {class_subset}: expected a number of classes or a file of class names.")
-    wanted = read_class_names("--class_subset", class_subset)
     places = {name: place for place, name in enumerate(class_names)}
-    for name in wanted:
+    if not any(name.isdecimal() for name in class_names):
+        places |= {str(place): place for place in range(len(class_names))}
+    chosen: dict[int, str] = {}
+    for name in read_class_names("--class_subset", class_subset):
         if name not in places:
             raise InputError(f"--class_subset {path}: the dataset has no class {name!r}{closest(name, class_names)}.")
-    return sorted(places[name] for name in wanted)
+        twin = chosen.setdefault(places[name], name)
+        require(twin == name, f"--class_subset {path}: {twin!r} and {name!r} are one class; list it once.")
+    return sorted(chosen)
 
 
 def check_number_of_classes(args, class_names: list[str]) -> None:
@@ -538,10 +565,10 @@ def check_number_of_classes(args, class_names: list[str]) -> None:
 
 
 def open_source(args, split: str | None = None, keep_index: bool = True) -> ImageSource:
-    """The images that [`DataArguments`] name, with the class subset and sample limit applied.
+    """The images that [`SourceArguments`] name, with the class subset and sample limit applied.
 
     Args:
-        args: a [`noisycond.arguments.DataArguments`]; split: another split than `args.dataset_split`.
+        args: a [`noisycond.arguments.SourceArguments`]; split: another split than `args.dataset_split`.
         keep_index: see [`ImageFolder`].
     """
     source: ImageSource
@@ -567,5 +594,5 @@ def open_source(args, split: str | None = None, keep_index: bool = True) -> Imag
     if args.max_train_samples is not None and args.max_train_samples < len(source):
         source = Subset(source, np.arange(args.max_train_samples))
     if len(source) == 0:
-        raise InputError("the dataset is empty: no image is left to train on.")
+        raise InputError("the dataset is empty: no image is left.")
     return source

@@ -118,7 +118,7 @@ def hint_channels(factor: int) -> tuple[int, ...]:
 
 def make_controlnet(unet: UNet2DConditionModel, factor: int) -> ControlNetModel:
     """A ControlNet that starts as the U-Net's encoder, with zero convolutions behind it: at first nothing changes
-    (Section 3.1 of arXiv:2302.05543).
+    (arXiv:2302.05543).
 
     Args:
         factor: of the first stage, the stride of the control encoder.

@@ -9,13 +9,21 @@ from pathlib import Path
 
 from accelerate import Accelerator
 
-from noisycond import sampling
 from noisycond.arguments import SamplingArguments
 from noisycond.cards import public_name
+from noisycond.control_set import ControlSet
 from noisycond.data.sources import ImageSource
 from noisycond.errors import require
 from noisycond.evaluation.images import open_images
-from noisycond.generation import ImageSettings, OpenPipeline, check_kind, draw_images, open_for_drawing
+from noisycond.generation import (
+    ImageSettings,
+    OpenPipeline,
+    check_kind,
+    controls_of,
+    declared_kind,
+    draw_images,
+    open_for_drawing,
+)
 from noisycond.prompts import Prompts
 
 
@@ -34,6 +42,7 @@ class ImageSet:
     Attributes:
         member: the pipeline, or the folder of images, as the user named it. option: the flag that named it.
         guidance_scale, seed: of a pipeline's images; None of a folder of images. weights: a hash of the pipeline's.
+        controls: that a pipeline's images were drawn after, or None.
     """
 
     label: str
@@ -43,6 +52,7 @@ class ImageSet:
     guidance_scale: float | None = None
     seed: int | None = None
     weights: str | None = None
+    controls: ControlSet | None = None
 
     def __str__(self) -> str:
         return self.label if self.guidance_scale is None else f"{self.label}, guidance scale {self.guidance_scale:g}"
@@ -111,31 +121,35 @@ def draw_sets(
     accelerator: Accelerator,
     check: Callable[[OpenPipeline], None] = lambda opened: None,
     prompts: Prompts | None = None,
+    controls: ControlSet | None = None,
 ) -> list[ImageSet]:
     """Draws the images of each pipeline at each guidance scale and seed that the folder lacks.
 
     Args:
         check: called with each pipeline before anything is drawn from it; raises InputError to refuse it.
         prompts: what text-to-image pipelines draw; None where they are class-conditional.
+        controls: what pipelines with a ControlNet or adapter draw after; None where they have none.
 
     Raises:
         InputError: a pipeline cannot be opened, or the folder holds images of something else. Whether each draws
-            from prompts or labels, as asked, is decided before the first is drawn from.
+            from prompts or labels, and after controls, as asked, is decided before the first is drawn from.
     """
     for member in (member for subject in subjects for member in subject.members):
-        kind = sampling.declared_class(member)
+        kind = declared_kind(member)
         if kind is not None:
-            check_kind(member, kind, prompts)
+            check_kind(member, kind, prompts, controls)
+            controls_of(member, controls, args.control_column)
     sets = []
     for subject in subjects:
         for number, member in enumerate(subject.members):
             place = file_name(subject.label) + (f"-{number}" if len(subject.members) > 1 else "")
-            opened = open_for_drawing(member, args, accelerator, prompts)
+            opened = open_for_drawing(member, args, accelerator, prompts, controls)
             check(opened)
             for scale in guidance_scales:
                 for seed in seeds:
                     here = folder / place / f"guidance-{scale:g}-seed-{seed}"
                     draw_images(opened, ImageSettings.of(args, scale, seed), here, accelerator)
                     source = open_images("--pipeline", str(here))
-                    sets.append(ImageSet(subject.label, member, "--pipeline", source, scale, seed, opened.weights))
+                    told = (scale, seed, opened.weights, opened.controls)
+                    sets.append(ImageSet(subject.label, member, "--pipeline", source, *told))
     return sets

@@ -44,7 +44,7 @@ def side_by_side(
     )
     grids = []
     for name, images in named_images.items():
-        grids.append(_captioned(image_grid(images, columns, scale=scale or _enlarging(images[0], 48)), name))
+        grids.append(_captioned(image_grid(images, columns, scale=scale or enlarging(images[0], 48)), name))
     return _in_a_row(grids, gap)
 
 
@@ -69,7 +69,7 @@ def nearest_neighbours(
         len(generated) == len(train) == len(distances) > 0 and len(shapes) == 1 and shapes != {0},
         "a figure of nearest neighbours needs as many training images, each with its distance, for every sample.",
     )
-    size, scale = generated[0].size, scale or _enlarging(generated[0], 64)
+    size, scale = generated[0].size, scale or enlarging(generated[0], 64)
     enlarged = (size[0] * scale, size[1] * scale)
     samples = [_captioned(_sized(image, enlarged), "", below=True) for image in generated]
     neighbours = [
@@ -91,6 +91,8 @@ def circular_walk(
     guidance_scale: float,
     num_inference_steps: int = 25,
     batch_size: int = 20,
+    control: Image.Image | None = None,
+    conditioning_scale: float = 1.0,
 ) -> list[Image.Image]:
     """Images of one class or prompt along a circle of noise, after arXiv:2405.20494: position i of P starts from
     cos(2πi/P) a + sin(2πi/P) b, with a and b two noise images; see [`circle_of_noise`].
@@ -103,6 +105,7 @@ def circular_walk(
     Args:
         pipeline: a class-conditional or text-to-image pipeline; keeps its scheduler.
         condition: the class label or the prompt.
+        control, conditioning_scale: of a pipeline that draws after control images: the same for all images.
         positions: P; the one after the last would be the first again. batch_size: images drawn at a time.
 
     Raises:
@@ -117,6 +120,8 @@ def circular_walk(
         step_seed = None if takes_ddim else seed
         for batch in noise.split(batch_size):
             conditions = [condition] * len(batch)
+            if control is not None:
+                settings |= {"controls": [control] * len(batch), "conditioning_scale": conditioning_scale}
             images += sample_from_noise(pipeline, conditions, batch, step_seed=step_seed, **settings)
     return images
 
@@ -150,8 +155,8 @@ def save_walk(
     kind = animation_path.suffix.lower()
     require(kind in ANIMATIONS, f"{animation_path}: an animation ends in {' or '.join(ANIMATIONS)}.")
     require(images, "a walk to save needs at least one image.")
-    image_grid(images, len(images), scale=_enlarging(images[0], 48)).save(strip_path, format="PNG")
-    scale = _enlarging(images[0], 128)
+    image_grid(images, len(images), scale=enlarging(images[0], 48)).save(strip_path, format="PNG")
+    scale = enlarging(images[0], 128)
     frames = [_sized(image, (image.width * scale, image.height * scale)) for image in images]
     options = {"lossless": True} if kind == ".webp" else {"disposal": 2}
     frames[0].save(animation_path, save_all=True, append_images=frames[1:], duration=milliseconds, loop=0, **options)
@@ -173,7 +178,7 @@ def _ddim(pipeline: DiffusionPipeline):
         pipeline.scheduler = before
 
 
-def _enlarging(image: Image.Image, least: int) -> int:
+def enlarging(image: Image.Image, least: int) -> int:
     """By what whole number a small image is enlarged to have sides of at least so many pixels."""
     return max(1, -(-least // min(image.size)))
 

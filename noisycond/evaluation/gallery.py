@@ -6,19 +6,21 @@ from pathlib import Path
 from accelerate import Accelerator
 
 from noisycond.evaluation.drawing import ImageSet, file_name
-from noisycond.evaluation.figures import circular_walk, nearest_neighbours, save_walk, side_by_side
+from noisycond.evaluation.figures import circular_walk, enlarging, nearest_neighbours, save_walk, side_by_side
 from noisycond.evaluation.images import Resize, read_image
 from noisycond.evaluation.neighbours import nearest
 from noisycond.evaluation.references import RealImages
 from noisycond.evaluation.suite import Evidence
 from noisycond.generation import open_for_drawing
+from noisycond.pictures import control_grid
 from noisycond.prompts import Prompts
-from noisycond.sampling import is_consistency_sampler
+from noisycond.sampling import image_size, is_consistency_sampler
 
 
 CANDIDATES = 2000  # generated images among which the most memorized are looked for
 ROWS, NEIGHBOURS = 6, 4
 GRIDS = 8  # sample grids side by side
+CONTROLS, RESULTS = 10, 4  # controls in a grid of them, and at most so many images drawn after each
 
 
 def draw_figures(
@@ -30,8 +32,9 @@ def draw_figures(
     resize: Resize,
     prompts: Prompts | None = None,
 ) -> list[Path]:
-    """Draws samples.png, of every label and guidance scale, memorized-<label>.png where there are training images, and
-    walk-<label>.png and .webp of each pipeline; all of the first run and seed, the latter two of the first scale.
+    """Draws samples.png, of every label and guidance scale, memorized-<label>.png where there are training images,
+    controls-<label>.png where images were drawn after controls, and walk-<label>.png and .webp of each pipeline; all
+    of the first run and seed, and all but samples.png of the first scale.
 
     Args:
         args: the arguments of evaluate_model.py. evidence: of each set. prompts: of text-to-image pipelines.
@@ -49,6 +52,8 @@ def draw_figures(
         place = file_name(label)
         if train is not None and train.source is not None and seen.train is not None:
             written.append(draw_memorized(image_set, seen, train, resize, folder / f"memorized-{place}.png"))
+        if image_set.source.controls is not None:
+            written.append(draw_controlled(args, image_set, folder / f"controls-{place}.png"))
         if image_set.option == "--pipeline":
             written += draw_walk(args, image_set, folder / f"walk-{place}.png", prompts)
     return written
@@ -93,11 +98,39 @@ def draw_memorized(image_set: ImageSet, seen: Evidence, train: RealImages, resiz
     return path
 
 
+def draw_controlled(args, image_set: ImageSet, path: Path) -> Path:
+    """A row for each of the first controls: the control, the real image where it is known, and the images drawn after
+    it, of which there are several where there are more images than controls."""
+    source, controls = image_set.source, image_set.source.controls
+    numbers: dict[int, list[int]] = {}
+    for number, place in enumerate(controls.places):
+        numbers.setdefault(place, []).append(number)
+    shown = dict(list(numbers.items())[:CONTROLS])
+    fewest = min(RESULTS, *(len(drawn) for drawn in shown.values()))
+    results = [
+        [read_image(image_set.option, source, number, Resize()) for number in drawn[:fewest]]
+        for drawn in shown.values()
+    ]
+    targets = None
+    if image_set.controls is not None:
+        examples = image_set.controls.places(len(source), args.class_sampling, image_set.seed)
+        side = results[0][0].width
+        targets = [image_set.controls.target(examples[drawn[0]], side) for drawn in shown.values()]
+    grid = control_grid([controls.read(place) for place in shown], targets, results, enlarging(results[0][0], 48))
+    grid.save(path)
+    return path
+
+
 def draw_walk(args, image_set: ImageSet, path: Path, prompts: Prompts | None = None) -> list[Path]:
     """A circular walk of the class --walk_class, or of the prompt --walk_prompt (by default the first), as a strip and
-    as an animation."""
-    opened = open_for_drawing(image_set.member, args, Accelerator(), prompts)
+    as an animation; with controls that of the first control, and its class or prompt."""
+    opened = open_for_drawing(image_set.member, args, Accelerator(), prompts, image_set.controls)
     condition = args.walk_class if prompts is None else args.walk_prompt or prompts.texts[0]
+    controlled = {}
+    if opened.controls is not None:
+        condition = int(opened.control_labels[0]) if prompts is None else prompts.texts[0]
+        control = opened.controls.control(0, image_size(opened.pipeline))
+        controlled = {"control": control, "conditioning_scale": opened.controls.scale}
     # A consistency model is good at the number of steps that it is measured with.
     steps = {"num_inference_steps": args.num_inference_steps}
     images = circular_walk(
@@ -105,6 +138,7 @@ def draw_walk(args, image_set: ImageSet, path: Path, prompts: Prompts | None = N
         condition,
         seed=image_set.seed,
         guidance_scale=image_set.guidance_scale,
+        **controlled,
         **(steps if is_consistency_sampler(opened.pipeline.scheduler) else {}),
     )
     save_walk(images, path, path.with_suffix(".webp"))

@@ -17,9 +17,11 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as F
 
+from noisycond.control_set import CONTROL_KEY
 from noisycond.data.images import UNREADABLE
 from noisycond.data.sources import Digits, HuggingFaceDataset, ImageFolder, ImageSource
 from noisycond.errors import InputError, in_one_line, require
+from noisycond.evaluation.control import Controls
 from noisycond.evaluation.npz import IMAGES, read_batch
 
 
@@ -52,7 +54,7 @@ class ListedImages(ImageSource):
 
     Attributes:
         labels [N]: int64, or None. class_names: of the pipeline or prompts that they were drawn by, or None.
-        texts: N texts, or None.
+        texts: N texts, or None. controls: that they were drawn after, or None.
 
     Raises:
         InputError: there is no image, a listed one is missing, or the list is damaged.
@@ -60,9 +62,9 @@ class ListedImages(ImageSource):
 
     def __init__(self, option: str, root: Path):
         self.root, self.labels, self.class_names = root, None, None
-        listing = root / "metadata.jsonl"
+        listing, controls = root / "metadata.jsonl", None
         if listing.exists():
-            self.names, self.labels, self.texts = _read_listing(option, listing)
+            self.names, self.labels, self.texts, controls = _read_listing(option, listing)
         else:
             self.names = sorted(path.name for path in root.iterdir() if path.name.lower().endswith(IMG_EXTENSIONS))
         require(self.names, f"{option} {root}: there is no image; the extensions are {', '.join(IMG_EXTENSIONS)}.")
@@ -70,7 +72,10 @@ class ListedImages(ImageSource):
         if made.exists():
             self.class_names = _read_class_names(option, made)
         digest = hashlib.sha256()
-        for name in self.names:
+        if controls is not None:
+            self.controls = _listed_controls(option, root, controls, _read_annotator(option, made))
+            digest.update(json.dumps([controls, self.controls.annotator]).encode())
+        for name in [*self.names, *sorted(set(controls or ()))]:
             try:
                 status = (root / name).stat()
             except FileNotFoundError:
@@ -94,7 +99,10 @@ class ListedImages(ImageSource):
         return str(self.root / self.names[index])
 
 
-def _read_listing(option: str, listing: Path) -> tuple[list[str], np.ndarray | None, list[str] | None]:
+def _read_listing(
+    option: str, listing: Path
+) -> tuple[list[str], np.ndarray | None, list[str] | None, list[str] | None]:
+    """File names, labels, texts and file names of controls, each of the latter None where an image has none."""
     try:
         rows = [json.loads(line) for line in listing.read_text(encoding="utf-8").splitlines() if line.strip()]
         names = [row["file_name"] for row in rows]
@@ -106,24 +114,57 @@ def _read_listing(option: str, listing: Path) -> tuple[list[str], np.ndarray | N
     )
     labels = [row.get("label") for row in rows]
     texts = [row.get("text") for row in rows]
+    controls = [row.get(CONTROL_KEY) for row in rows]
     return (
         names,
         np.array(labels, dtype=np.int64) if all(isinstance(label, int) for label in labels) else None,
         texts if all(isinstance(text, str) for text in texts) else None,
+        controls if all(isinstance(name, str) for name in controls) else None,
     )
 
 
+def _listed_controls(option: str, root: Path, names: list[str], annotator: str | None) -> Controls:
+    different = sorted(set(names))
+    places = {name: place for place, name in enumerate(different)}
+
+    def read(place: int) -> Image.Image:
+        try:
+            with Image.open(root / different[place]) as image:
+                return image.convert("RGB")
+        except UNREADABLE as error:
+            raise InputError(
+                f"{option}: {root / different[place]} cannot be read ({in_one_line(error)}); remove it, and draw the "
+                "images again."
+            ) from error
+
+    return Controls([places[name] for name in names], read, annotator)
+
+
+def _read_annotator(option: str, made: Path) -> str | None:
+    """What made the controls of a folder of images; None where nothing says it."""
+    controls = _read_made(option, made, "controls") if made.exists() else None
+    return controls.get("annotator") if isinstance(controls, dict) else None
+
+
 def _read_class_names(option: str, made: Path) -> list[str] | None:
-    try:
-        names = json.loads(made.read_text(encoding="utf-8")).get("class_names")
-        if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
-            raise ValueError("class_names is no list of names")
-    except (ValueError, AttributeError) as error:
-        raise InputError(
-            f"{option} {made.parent}: {made.name} is damaged ({in_one_line(error)}); remove it to go without names of "
-            "classes, or draw the images again."
-        ) from error
+    names = _read_made(option, made, "class_names")
+    is_list = isinstance(names, list) and all(isinstance(name, str) for name in names)
+    require(names is None or is_list, _damaged(option, made, "class_names is no list of names"))
     return names
+
+
+def _read_made(option: str, made: Path, key: str) -> object:
+    try:
+        return json.loads(made.read_text(encoding="utf-8")).get(key)
+    except (ValueError, AttributeError) as error:
+        raise InputError(_damaged(option, made, in_one_line(error))) from error
+
+
+def _damaged(option: str, made: Path, how: str) -> str:
+    return (
+        f"{option} {made.parent}: {made.name} is damaged ({how}); remove it to go without names of classes and "
+        "what is known of controls, or draw the images again."
+    )
 
 
 class BatchImages(ImageSource):

@@ -19,8 +19,10 @@ from PIL import Image
 from noisycond import sampling
 from noisycond.arguments import Arguments, flag
 from noisycond.cards import public_name
+from noisycond.control_set import ControlSet, open_controls
 from noisycond.data.sources import ImageSource, Subset
 from noisycond.errors import InputError, require
+from noisycond.evaluation.control import Controls
 from noisycond.evaluation.images import Resize
 from noisycond.evaluation.instruments import Extraction, Instruments
 from noisycond.evaluation.metrics import METRICS, check_names
@@ -96,6 +98,49 @@ class TextEvaluationArguments(EvaluationArguments):
         )
 
 
+@dataclass
+class ControlEvaluationArguments(Arguments):
+    """The flags of an evaluation while a ControlNet or adapter trains, beside those of [`EvaluationArguments`] or
+    [`TextEvaluationArguments`]."""
+
+    eval_controls: str | None = flag(
+        None, "As --controls of evaluate_model.py; the default for digits is their split `test`."
+    )
+    eval_controls_split: str | None = flag(None, "As --controls_split of evaluate_model.py.")
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("eval_controls", "eval_controls_split"):
+            require(
+                self.eval_steps > 0 or getattr(self, name) is None, f"--{name} has no effect without --eval_steps."
+            )
+        is_named = self.eval_controls is not None or self.dataset_name == "digits"
+        require(
+            is_named or self.eval_controls_split is None,
+            "--eval_controls_split has no effect without --eval_controls.",
+        )
+
+
+def evaluation_controls(args, annotator: str | None = None, of_captions: bool = False) -> ControlSet:
+    """The controls of an evaluation during training, of the column --control_column.
+
+    Args:
+        args: the arguments of a training script, among them [`ControlEvaluationArguments`].
+        annotator: what made the controls, where that is known; see [`ControlSet.of_column`].
+        of_captions: whether the model draws from captions, then of the column --caption_column.
+
+    Raises:
+        InputError: there are none, or see [`noisycond.control_set.open_controls`].
+    """
+    name = args.eval_controls or ("digits" if args.dataset_name == "digits" else None)
+    require(name is not None, "--eval_steps needs --eval_controls: what is to be drawn after.")
+    controls = open_controls("--eval_controls", name, args.eval_controls_split)
+    controls = controls.of_column(args.control_column, annotator)
+    if not of_captions:
+        return controls
+    return controls.with_captions(getattr(args, "caption_column", None), "--caption_column")
+
+
 def evaluation_prompts(args) -> Prompts:
     """The prompts of an evaluation during training.
 
@@ -111,7 +156,8 @@ def evaluation_prompts(args) -> Prompts:
 
 
 class DrawnImages(ImageSource):
-    """Images in memory, as a pipeline returns them, with labels int64 [N], class names and texts where known."""
+    """Images in memory, as a pipeline returns them, with labels int64 [N], class names, texts and controls where
+    known."""
 
     def __init__(
         self,
@@ -119,8 +165,9 @@ class DrawnImages(ImageSource):
         labels: Sequence[int] | None,
         class_names: list[str] | None,
         texts: list[str] | None = None,
+        controls: Controls | None = None,
     ):
-        self.images, self.class_names, self.texts = images, class_names, texts
+        self.images, self.class_names, self.texts, self.controls = images, class_names, texts, controls
         self.labels = None if labels is None else np.array(labels, dtype=np.int64)
         self.fingerprint = hashlib.sha256(b"".join(image.tobytes() for image in images)).hexdigest()
 
@@ -139,13 +186,24 @@ class TrainingEvaluation:
 
     Args:
         args: the arguments of a training script, among them [`EvaluationArguments`].
-        class_names: K names, of a class-conditional model. prompts: of a text-to-image model, instead.
+        class_names: K names, of a class-conditional model. prompts: of a text-to-image model, instead; with controls
+            they are those of the controls.
+        controls: what images are drawn after, with the classes or captions of the same examples; None of models that
+            take no control images.
     """
 
-    def __init__(self, args, class_names: list[str] | None = None, prompts: Prompts | None = None):
+    def __init__(
+        self,
+        args,
+        class_names: list[str] | None = None,
+        prompts: Prompts | None = None,
+        controls: ControlSet | None = None,
+    ):
+        if prompts is None and controls is not None:
+            prompts = controls.prompts
         if (class_names is None) == (prompts is None):
             raise ValueError("an evaluation is of class names or of prompts")
-        self.args, self.prompts = args, prompts
+        self.args, self.prompts, self.controls = args, prompts, controls
         self.class_names = class_names if prompts is None else prompts.class_names
         chosen = getattr(args, "eval_clip_model", None)
         clip = {} if chosen is None else {"clip_model": chosen}
@@ -179,7 +237,7 @@ class TrainingEvaluation:
             count = None if self.real.source is None else len(self.real.source)
             labelled = self.prompts is None or self.prompts.labels is not None
             named, texts = self.class_names is not None, self.prompts is not None
-            here = instruments.foreseen(self.options, self.real, train, labelled, named, texts)
+            here = instruments.foreseen(self.options, self.real, train, labelled, named, texts, self.controls)
             refuse(self.options, here, args.eval_num_images, count)
             self.reference = self.real.measure(self.extraction)
             self.train = None
@@ -199,17 +257,19 @@ class TrainingEvaluation:
         """
         args = self.args
         labels, texts = self._conditions()
+        drawn_after, options = self._controls(pipeline)
         images = sampling.sample_all(
             pipeline,
             labels if texts is None else texts,
             seed=args.seed,
             guidance_scale=args.validation_guidance_scale,
             num_inference_steps=args.validation_inference_steps,
+            **options,
         )
         found = {}
         try:
             with _flags_of_training():
-                source = DrawnImages(images, labels, self.class_names, texts)
+                source = DrawnImages(images, labels, self.class_names, texts, drawn_after)
                 evidence = self.extraction.evidence("--eval_steps", source)
                 evidence.reference, evidence.train = self.reference, self.train
                 for family in families_of(self.options.metrics):
@@ -223,11 +283,23 @@ class TrainingEvaluation:
     def _conditions(self) -> tuple[list[int] | None, list[str] | None]:
         """Labels and texts of the images that are drawn, in turn; None where there are none."""
         count, prompts = self.args.eval_num_images, self.prompts
+        if prompts is None and self.controls is not None:
+            of_controls = self.controls.labels(self.class_names, len(self.class_names), self.args.output_dir)
+            return of_controls[self.controls.places(count)].tolist(), None
         if prompts is None:
             return sampling.balanced_labels(count, len(self.class_names)).tolist(), None
         places = prompts.places(count)
         labels = None if prompts.labels is None else prompts.labels[places].tolist()
         return labels, [prompts.texts[place] for place in places]
+
+    def _controls(self, pipeline: DiffusionPipeline) -> tuple[Controls | None, dict]:
+        """What the images are drawn after, and what of it the sampling takes."""
+        if self.controls is None:
+            return None, {}
+        places, side = self.controls.places(self.args.eval_num_images), sampling.image_size(pipeline)
+        images = {place: self.controls.control(place, side) for place in sorted(set(places))}
+        known = Controls(places, images.__getitem__, self.controls.annotator)
+        return known, {"controls": [images[place] for place in places], "conditioning_scale": self.controls.scale}
 
     def settings(self) -> dict:
         """The choices behind the values, as JSON values."""
@@ -238,7 +310,11 @@ class TrainingEvaluation:
             "guidance_scale": args.validation_guidance_scale,
             "num_inference_steps": args.validation_inference_steps,
             "feature_extractor": self.extraction.instruments.extractor.name,
-        } | ({} if self.prompts is None else {"prompts": self.prompts.settings()})
+        } | {
+            name: given.settings()
+            for name, given in (("prompts", self.prompts), ("controls", self.controls))
+            if given is not None
+        }
 
     def at_the_end(self, pipeline: DiffusionPipeline, run: RunFolder, step: int) -> None:
         """Measures the exported weights, unless that was done with the same choices, draws the metrics over steps and
@@ -275,6 +351,8 @@ class TrainingEvaluation:
         }
         if self.prompts is not None:
             told["prompts"] = public_name(self.prompts.name)
+        if self.controls is not None:
+            told |= {"controls": public_name(self.controls.name), "control_column": self.controls.column}
         return model_index_results(
             [row],
             public_name(real["name"]),
@@ -291,7 +369,7 @@ def _flags_of_training():
         yield
     except InputError as error:
         sentence = str(error)
-        for flag_name in ("metrics", "reference", "feature_extractor", "extractor_weights", "clip_model"):
+        for flag_name in ("metrics", "reference", "feature_extractor", "extractor_weights", "clip_model", "controls"):
             sentence = re.sub(rf"--{flag_name}\b", f"--eval_{flag_name}", sentence)
         sentence = sentence.replace("no --train_data was given", "the training images are known for digits alone")
         raise InputError(sentence) from error

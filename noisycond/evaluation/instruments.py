@@ -9,16 +9,18 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
+from noisycond.data.annotation import Segmenter
 from noisycond.data.sources import ImageSource
 from noisycond.errors import require
 from noisycond.evaluation.agreement import ClipScore, prompts_for
 from noisycond.evaluation.classifiers import Classifier, open_classifier
+from noisycond.evaluation.control import Obedience
 from noisycond.evaluation.extraction import extract_features, extract_in_memory, read_batches, size_of
 from noisycond.evaluation.extractors import Extractor, open_extractor, open_similarity
 from noisycond.evaluation.features import Features
-from noisycond.evaluation.images import Resize
+from noisycond.evaluation.images import Resize, read_image
 from noisycond.evaluation.options import MetricArguments
-from noisycond.evaluation.suite import Evidence, families_of, match_labels
+from noisycond.evaluation.suite import Evidence, families_of, match_labels, of_controls
 
 
 @dataclass
@@ -29,6 +31,7 @@ class Instruments:
     classifier: Classifier | None = None
     clip: ClipScore | None = None
     similarity: torch.nn.Module | None = None
+    segmenter: Segmenter | None = None
 
     @classmethod
     def open(cls, options: MetricArguments, embedded: bool, device: torch.device) -> "Instruments":
@@ -52,6 +55,7 @@ class Instruments:
             open_classifier(classifier_name, device) if "class_agreement" in families and classifier_name else None,
             ClipScore(options.clip_model, device=device) if "clip_score" in options.metrics else None,
             open_similarity(similarity_name, device) if asked else None,
+            Segmenter(options.annotation, device) if "control_masks" in families and options.sam_model else None,
         )
 
     @property
@@ -60,13 +64,21 @@ class Instruments:
         return self.classifier is not None and self.classifier.weights == self.extractor.weights_hash
 
     def foreseen(
-        self, options: MetricArguments, real, train, labelled: bool, named: bool, texts: bool = False
+        self,
+        options: MetricArguments,
+        real,
+        train,
+        labelled: bool,
+        named: bool,
+        texts: bool = False,
+        controls=None,
     ) -> set[str]:
         """What of the needs of the metrics will be here, before an image is drawn.
 
         Args:
             real, train: real images, opened, or None. labelled: whether generated images will have labels; named:
                 whether their classes will have names; texts: whether they will have texts.
+            controls: what they are drawn after, of which only `annotator` is looked at; None without.
         """
         fitted = real if options.rmd_fit == "reference" else train
         has_spatial = self.extractor.layers.spatial is not None
@@ -87,7 +99,8 @@ class Instruments:
             "texts": texts or (labelled and named),
             "similarity": self.similarity is not None,
         }
-        return {need for need, is_here in here.items() if is_here}
+        known = set() if controls is None else of_controls(controls.annotator, self.segmenter is not None)
+        return {need for need, is_here in here.items() if is_here} | known
 
     def settings(self) -> dict:
         """The choices, as JSON values, for what is printed with the results."""
@@ -98,6 +111,8 @@ class Instruments:
             chosen["clip"] = self.clip.settings()
         if self.similarity is not None:
             chosen["lpips_similarity"] = self.similarity.get_name()
+        if self.segmenter is not None:
+            chosen["segmenter"] = self.segmenter.fingerprint
         return chosen
 
 
@@ -170,6 +185,10 @@ class Extraction:
         if instruments.similarity is not None:
             size = size_of(option, source, self.resize)
             evidence.pixels = lambda numbers: next(read_batches(option, source, self.resize, size, [numbers]))[1]
+        if source.controls is not None:
+            evidence.obedience = Obedience(
+                source.controls, lambda number: read_image(option, source, number, Resize()), instruments.segmenter
+            )
         return evidence
 
     def _clip_scores(

@@ -47,6 +47,10 @@ METRICS = {
     "clip_score": Metric("CLIP score", "higher", "clip_score", 2),
     "lpips_diversity": Metric("LPIPS diversity", "higher", "lpips"),
     "class_agreement": Metric("class agreement", "higher", "class_agreement"),
+    "edge_f1": Metric("edge F1", "higher", "control_edges"),
+    "edge_f1_shuffled": Metric("edge F1, shuffled", None, "control_edges"),
+    "mask_iou": Metric("mask IoU", "higher", "control_masks"),
+    "mask_iou_shuffled": Metric("mask IoU, shuffled", None, "control_masks"),
 }
 
 

@@ -4,8 +4,13 @@ from dataclasses import dataclass
 from typing import Literal
 
 from noisycond.arguments import Arguments, flag
+from noisycond.data.annotation import AnnotationArguments
+from noisycond.data.controls import CANNY_HIGH, CANNY_LOW
 from noisycond.errors import require
 from noisycond.evaluation.metrics import check_names
+
+
+SAM_CHOICES = ("sam_points_per_side", "sam_pred_iou_thresh", "sam_stability_score_thresh")
 
 
 @dataclass
@@ -59,6 +64,22 @@ class MetricArguments(Arguments):
         "The classifier of class agreement: `digits`, or an image classifier of transformers; the default is `digits` "
         "with that extractor.",
     )
+    edge_tolerance: int = flag(
+        1, "Pixels between an edge of the control and one of the image that count as the same, for edge F1."
+    )
+    canny_low: int = flag(CANNY_LOW, "Edges of drawn images: an edge goes on where the gradient is above this.")
+    canny_high: int = flag(CANNY_HIGH, "Edges of drawn images: an edge begins where the gradient is above this.")
+    sam_model: str | None = flag(
+        None, "A model of transformers that segments drawn images (SAM), for mask IoU with controls by `sam`."
+    )
+    sam_points_per_side: int = flag(
+        AnnotationArguments.sam_points_per_side,
+        "As of prepare_dataset.py; take what the controls were made with.",
+    )
+    sam_pred_iou_thresh: float = flag(AnnotationArguments.sam_pred_iou_thresh, "See --sam_points_per_side.")
+    sam_stability_score_thresh: float = flag(
+        AnnotationArguments.sam_stability_score_thresh, "See --sam_points_per_side."
+    )
     bootstrap: int = flag(0, "Bootstrap replicates for 95 % intervals; 0 computes none.")
     metric_seed: int = flag(0, "Seed of subsets, projections and bootstrap replicates.")
 
@@ -88,10 +109,26 @@ class MetricArguments(Arguments):
             f"--memorization_threshold is {self.memorization_threshold}, but by --memorization_rule ratio it must be "
             "at most 1: the second nearest is no nearer than the nearest.",
         )
-        for name in ("bootstrap", "metric_seed"):
+        for name in ("bootstrap", "metric_seed", "edge_tolerance"):
             require(getattr(self, name) >= 0, f"--{name} is {getattr(self, name)}, but it must not be negative.")
         require(
             self.bootstrap == 0 or self.bootstrap >= 40,
             f"--bootstrap is {self.bootstrap}, but a 95 % interval needs at least 40 replicates.",
         )
+        require(
+            0 <= self.canny_low <= self.canny_high,
+            f"--canny_low is {self.canny_low} and --canny_high {self.canny_high}, but 0 ≤ low ≤ high must hold.",
+        )
+        for name in SAM_CHOICES:
+            require(
+                self.sam_model is not None or self.is_default(name), f"--{name} has no effect without --sam_model."
+            )
+        if self.sam_model is not None:
+            self.annotation  # noqa: B018 (checks the values)
         require("{}" in self.clip_prompt, f"--clip_prompt is {self.clip_prompt!r}, but must hold {{}} for the class.")
+
+    @property
+    def annotation(self) -> AnnotationArguments:
+        """How drawn images are segmented. Raises InputError where a choice of --sam_model is out of range."""
+        chosen = {name: getattr(self, name) for name in ("sam_model", *SAM_CHOICES)}
+        return AnnotationArguments(annotations=["sam"], **chosen)

@@ -113,6 +113,7 @@ def choices(
         generated |= {"guidance_scales": args.guidance_scale, "seeds": args.seeds}
         generated["scheduler"] = args.scheduler or "the pipeline's own"
         generated |= {} if prompts is None else {"prompts": prompts.settings()}
+        generated |= _controls_of(sets)
     else:
         endings = {Path(image_set.source.name(0)).suffix[1:].lower() or "array" for image_set in sets}
         generated["image_format"] = sorted(endings)
@@ -127,6 +128,17 @@ def choices(
         "options": options,
         "versions": {name: metadata.version(name) for name in ("noisycond", "torch", "torchvision", "torch-fidelity")},
     }
+
+
+def _controls_of(sets: Sequence[ImageSet]) -> dict:
+    """What pipelines were drawn after: the same examples, of which each may take another column."""
+    given = {image_set.member: image_set.controls.settings() for image_set in sets if image_set.controls is not None}
+    if not given:
+        return {}
+    own = ("column", "annotator", "fingerprint")
+    shared = {key: value for key, value in next(iter(given.values())).items() if key not in own}
+    columns = {member: {key: settings[key] for key in own} for member, settings in given.items()}
+    return {"controls": shared | {"columns": columns}}
 
 
 def check_cards(subjects: Sequence[Subject]) -> None:
@@ -162,12 +174,15 @@ def update_cards(pipelines: Sequence[str], rows: Sequence[dict], settings: dict)
     told["feature_extractor"] = settings["extractor"]["extractor"]
     prompts = settings["generated"].get("prompts")
     told |= {} if prompts is None else {"prompts": public_name(prompts["name"])}
+    controls = settings["generated"].get("controls")
     for name in pipelines:
+        if controls is not None:
+            told |= {"controls": public_name(controls["name"]), "control_column": controls["columns"][name]["column"]}
         results = model_index_results(
             [row for row in rows if row["pipeline"] == name],
             public_name(reference["name"]),
             dataset_split=reference.get("split"),
-            settings=told,
+            settings=dict(told),
             task=TASK if prompts is None else TEXT_TASK,
         )
         add_results_to_card(name, results)

@@ -11,6 +11,7 @@ import torch
 
 from noisycond.errors import InputError, require
 from noisycond.evaluation.agreement import class_agreement
+from noisycond.evaluation.control import Obedience, edge_f1, mask_iou
 from noisycond.evaluation.difficulty import rmd
 from noisycond.evaluation.entropy import sample_entropy
 from noisycond.evaluation.estimates import Estimate
@@ -74,6 +75,7 @@ class Evidence:
         class_logits: [N, K] of the classifier of class agreement; class_targets: its classes, int64 [N].
         clip_scores: [N].
         pixels: numbers of images to uint8 [B, 3, H, W]. similarity: of torch-fidelity's registry.
+        obedience: the controls that the images were drawn after, and the images; None where none are known.
         device: where distances are computed.
     """
 
@@ -87,6 +89,7 @@ class Evidence:
     clip_scores: torch.Tensor | None = None
     pixels: Callable[[Sequence[int]], torch.Tensor] | None = None
     similarity: torch.nn.Module | None = None
+    obedience: Obedience | None = None
     device: torch.device | None = None
 
 
@@ -123,6 +126,10 @@ LACKING = {
     "texts": "the images have neither texts nor labels with class names; list them in a metadata.jsonl with file_name "
     "and text",
     "similarity": "--lpips_similarity was not given",
+    "controls": "the images were drawn after no controls (--controls)",
+    "edges": "the controls are no edges (their column is not `canny`)",
+    "masks": "the controls are no masks (their column is neither `mask` nor `sam`)",
+    "segmenter": "the controls are segmentations, and no --sam_model was given that segments the images",
 }
 
 
@@ -209,6 +216,20 @@ def _clip_score(evidence: Evidence, options: MetricArguments) -> dict[str, Estim
     return {"clip_score": Estimate.mean(evidence.clip_scores)}
 
 
+def _edges(evidence: Evidence, options: MetricArguments) -> dict[str, Estimate]:
+    return edge_f1(
+        evidence.obedience,
+        tolerance=options.edge_tolerance,
+        low=options.canny_low,
+        high=options.canny_high,
+        progress=True,
+    )
+
+
+def _masks(evidence: Evidence, options: MetricArguments) -> dict[str, Estimate]:
+    return mask_iou(evidence.obedience, progress=True)
+
+
 def _lpips(evidence: Evidence, options: MetricArguments) -> dict[str, Estimate]:
     return {
         "lpips_diversity": lpips_diversity(
@@ -247,6 +268,8 @@ FAMILIES = {
     "class_agreement": Family(_class_agreement, ("labels", "classifier"), lambda options: 1),
     "clip_score": Family(_clip_score, ("texts", "clip"), lambda options: 1),
     "lpips": Family(_lpips, ("similarity",)),
+    "control_edges": Family(_edges, ("controls", "edges")),
+    "control_masks": Family(_masks, ("controls", "masks", "segmenter")),
 }
 
 
@@ -271,6 +294,23 @@ def what_is_here(evidence: Evidence, options: MetricArguments) -> set[str]:
         "clip": evidence.clip_scores is not None,
         "texts": evidence.texts is not None or (generated.labels is not None and evidence.class_names is not None),
         "similarity": evidence.similarity is not None,
+    }
+    seen = evidence.obedience
+    known = set() if seen is None else of_controls(seen.controls.annotator, seen.annotate is not None)
+    return {need for need, is_here in here.items() if is_here} | known
+
+
+def of_controls(annotator: str | None, segments: bool) -> set[str]:
+    """What of the needs images have that were drawn after controls.
+
+    Args:
+        annotator: what made the controls, or None where that is not known. segments: whether there is a segmenter.
+    """
+    here = {
+        "controls": True,
+        "edges": annotator == "canny",
+        "masks": annotator in ("mask", "sam"),
+        "segmenter": annotator != "sam" or segments,
     }
     return {need for need, is_here in here.items() if is_here}
 

@@ -1,5 +1,6 @@
 """Scripts of the repo root: as modules, and launched as a user launches them."""
 
+import gc
 import importlib.util
 import subprocess
 import sys
@@ -16,6 +17,24 @@ def load_script(name: str):
         module = sys.modules[name] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
     return sys.modules[name]
+
+
+def forget_accelerate() -> None:
+    """accelerate keeps its state in the process: this drops it."""
+    from accelerate.state import AcceleratorState, GradientState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+def call(name: str, *argv):
+    """Calls a script's main in this process: call("train_class_cond", "--seed", 1)."""
+    forget_accelerate()
+    main = load_script(name).main
+    # A run collects garbage at its end; what was imported before need not be walked through every time.
+    gc.collect()
+    gc.freeze()
+    return main([str(word) for word in argv])
 
 
 def launch_command(name: str, *argv, processes: int = 1) -> list[str]:

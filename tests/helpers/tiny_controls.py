@@ -1,4 +1,4 @@
-"""Stock pipelines of diffusers that draw after control images, far smaller than the miniatures: images of 16×16."""
+"""What draws after control images, far smaller than the miniatures: images of 16×16."""
 
 from pathlib import Path
 
@@ -10,7 +10,11 @@ from diffusers import (
     StableDiffusionPipeline,
     T2IAdapter,
 )
+from released_layout import change_json, write_ldm
 from tiny_models import tiny_text_pipeline, tiny_unet
+
+from noisycond.control_pipelines import AdapterFacts, assemble, save_adapter
+from noisycond.pipelines import LDMClassToImagePipeline
 
 
 def _noisy(model: torch.nn.Module) -> torch.nn.Module:
@@ -43,4 +47,24 @@ def tiny_adapter_pipeline(folder: Path, in_channels: int = 3) -> Path:
     parts = base.components | {"adapter": _noisy(adapter), "unet": _noisy(tiny_unet(**blocks))}
     parts.pop("image_encoder", None)
     StableDiffusionAdapterPipeline(**parts, requires_safety_checker=False).save_pretrained(folder)
+    return folder
+
+
+def tiny_adapter_folder(folder: Path, condition: str, column: str = "canny") -> Path:
+    """A folder as a personalization leaves it, of a ControlNet on a base beside it whose images are of 16×16.
+
+    Args:
+        condition: `class labels`, a class-conditional LDM with digits as classes, or `captions`, Stable Diffusion.
+    """
+    base_folder = folder.with_name(f"{folder.name}-base")
+    if condition == "captions":
+        base = StableDiffusionPipeline.from_pretrained(tiny_text_pipeline(base_folder))
+    else:
+        names = {str(digit): str(digit) for digit in range(10)}
+        change_json(write_ldm(base_folder) / "model_index.json", id2label=names)
+        base = LDMClassToImagePipeline.from_pretrained(base_folder)
+    controlnet = _noisy(ControlNetModel.from_unet(base.unet, conditioning_embedding_out_channels=(4, 8)))
+    facts = AdapterFacts(str(base_folder), None, condition, "controlnet", column, column)
+    folder.mkdir()
+    save_adapter(controlnet, assemble(base, controlnet), facts, folder)
     return folder

@@ -25,6 +25,7 @@ SCALING = (ROOT / "docs/scaling.md").read_text(encoding="utf-8")
 METRICS_PAGE = (ROOT / "docs/metrics.md").read_text(encoding="utf-8")
 TEXT_PAGE = (ROOT / "docs/text_to_image.md").read_text(encoding="utf-8")
 DISTILLATION = (ROOT / "docs/distillation.md").read_text(encoding="utf-8")
+PERSONALIZATION = (ROOT / "docs/personalization.md").read_text(encoding="utf-8")
 DOCS = {
     "README.md": README,
     "docs/text_to_image.md": TEXT_PAGE,
@@ -32,6 +33,7 @@ DOCS = {
     "docs/scaling.md": SCALING,
     "docs/metrics.md": METRICS_PAGE,
     "docs/distillation.md": DISTILLATION,
+    "docs/personalization.md": PERSONALIZATION,
 }
 SCRIPTS = {
     "train_class_cond.py": ("ClassCondArguments", "digits_dit_mini"),
@@ -40,6 +42,9 @@ SCRIPTS = {
     "train_lcm_distill.py": (None, "digits_lcm"),  # by what the teacher takes
     "generate.py": ("GenerateArguments", None),
     "evaluate_model.py": ("EvaluateArguments", None),
+    "prepare_dataset.py": ("PrepareArguments", "prepare_digits"),
+    "train_controlnet.py": (None, "digits_controlnet"),  # by what the base takes
+    "train_t2i_adapter.py": (None, "digits_t2i_adapter"),
 }
 
 
@@ -63,7 +68,8 @@ def test_command_parses(command, tmp_path, monkeypatch):
     words = shlex.split(command, comments=True)
     script = next(word for word in words if word.endswith(".py"))
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "imagenet/train").mkdir(parents=True)
+    for split in ("train", "val"):
+        (tmp_path / "imagenet" / split).mkdir(parents=True)
     argv = words[words.index(script) + 1 :]
     parse_arguments(arguments_class(script, argv), argv, SCRIPTS[script][1])
 
@@ -121,7 +127,7 @@ def test_flag_table_has_the_real_flags_and_defaults(script, page, least):
 
 def test_the_flags_of_distillation_are_told():
     module = load_script("train_lcm_distill")
-    fields = {item.name: item for cls in module.ARGUMENTS.values() for item in dataclasses.fields(cls)}
+    fields = {item.name: item for cls in module.STARTED.classes.values() for item in dataclasses.fields(cls)}
     own = set(module.LCMArguments.__annotations__)
     rows = dict(re.findall(r"^\| `--(\w+)` \| (\S*) ?\|", DISTILLATION, re.M))
     assert own <= set(rows)
@@ -178,7 +184,7 @@ def test_every_metric_and_its_choices_are_told():
 
 
 def test_files_named_in_the_docs_exist():
-    for text in (RECIPES_README, SCALING, METRICS_PAGE, DISTILLATION):
+    for text in (RECIPES_README, SCALING, METRICS_PAGE, DISTILLATION, PERSONALIZATION):
         for name in re.findall(r"\b(?:recipes|docs|benchmarks)/[\w/]+\.\w+", text):
             assert (ROOT / name).exists(), name
 

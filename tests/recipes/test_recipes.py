@@ -1,6 +1,7 @@
 """Every recipe parses with the script it is for, says where each value comes from, and its model can be built."""
 
 import dataclasses
+import functools
 import re
 from pathlib import Path
 
@@ -23,10 +24,14 @@ REMOTE = {"stabilityai/sd-vae-ft-ema": (4, 8), "CompVis/ldm-celebahq-256": (3, 4
 SCRIPTS = {  # which script reads a recipe
     "train_autoencoder": "AutoencoderArguments",
     "evaluate_model": "EvaluateArguments",
+    "prepare_dataset": "PrepareArguments",
     "train_class_cond": "ClassCondArguments",
     "train_text_to_image_corrupt": "TextToImageArguments",
     "train_lcm_distill": None,  # by what the teacher takes
+    "train_controlnet": None,  # by what the base takes
+    "train_t2i_adapter": None,
 }
+PERSONALIZATIONS = ("train_controlnet", "train_t2i_adapter")
 
 
 def script_of(path: Path) -> str:
@@ -34,9 +39,15 @@ def script_of(path: Path) -> str:
         return "train_autoencoder"
     if path.stem.endswith("_evaluation"):
         return "evaluate_model"
+    if path.stem.startswith("prepare_"):
+        return "prepare_dataset"
     model = str(path.relative_to(RECIPES))
     if model.startswith(("lcm_", "digits_lcm", "digits_text_lcm")):
         return "train_lcm_distill"
+    for script in PERSONALIZATIONS:
+        kind = script.removeprefix("train_")
+        if model.startswith((kind, f"digits_{kind}", f"digits_text_{kind}")):
+            return script
     return "train_text_to_image_corrupt" if model.startswith(("ldm_4_cc3m", "digits_text")) else "train_class_cond"
 
 
@@ -45,16 +56,17 @@ def each(paths: list[Path]):
 
 
 every_recipe = each(PATHS)
-TRAINING = [path for path in PATHS if script_of(path) != "evaluate_model"]
+TRAINING = [path for path in PATHS if script_of(path) not in ("evaluate_model", "prepare_dataset")]
 # Those that build on another have its model.
 MODELS = [path for path in TRAINING if path.parent == RECIPES]
 
 
-def parse(path: Path, *argv):
+@functools.cache  # a recipe is looked at by several tests
+def parse(path: Path):
     name, script = str(path.relative_to(RECIPES)).removesuffix(".yaml"), script_of(path)
+    module, argv = load_script(script), ["--recipe", name]
     if script == "evaluate_model":
-        argv = [*argv, "--pipeline", "runs/demo"]
-    module, argv = load_script(script), ["--recipe", name, *argv]
+        argv += ["--pipeline", "runs/demo"]
     cls = (
         condition_kinds.arguments_class(argv, module.STARTED)
         if SCRIPTS[script] is None
@@ -123,9 +135,43 @@ def test_global_batches_of_the_papers():
         assert (args.max_train_steps, args.num_classes) == (steps, 1000)
 
 
+TABLE = ("controlnet_in1k", "controlnet_cc3m", "t2i_adapter_in1k", "t2i_adapter_cc3m")
+BASES = {"clean": "clean", "eta_2.5": "random_noise_2.5", "ip": "input-perturbation"}
+BASES |= {"cep_u": "clean_condnoise_uniform", "cep_g": "clean_condnoise_gaussian"}
+
+
+@pytest.mark.parametrize("model", TABLE)
+def test_the_personalizations_of_the_paper(model):
+    """Two controls on five bases; all but base and control is the same, and 8 GPUs see 256 images a step."""
+    first = parse(RECIPES / f"{model}.yaml")
+    assert type(first).__name__.startswith("Class" if model.endswith("in1k") else "Text")
+    assert first.train_batch_size * first.gradient_accumulation_steps * 8 == 256
+    assert f"{first.max_train_steps:,} optimizer steps are {first.max_train_steps * 256:,} images" in (
+        RECIPES / f"{model}.yaml"
+    ).read_text(encoding="utf-8")
+    runs = {"canny_clean": first} | {path.stem: parse(path) for path in (RECIPES / model).glob("*.yaml")}
+    assert runs.keys() == {f"{control}_{base}" for control in ("canny", "sam") for base in BASES}
+    named = ("recipe", "output_dir", "pretrained_model_name_or_path", "control_column")
+    shared = [
+        {name: value for name, value in dataclasses.asdict(args).items() if name not in named}
+        for args in runs.values()
+    ]
+    assert all(values == shared[0] for values in shared)
+    for name, args in runs.items():
+        control, _, base = name.partition("_")
+        assert args.control_column == control and args.pretrained_model_name_or_path.endswith(BASES[base]), name
+        assert model.rpartition("_")[2] in args.pretrained_model_name_or_path
+        assert args.corruption_ratio == args.cep_gamma == args.input_perturbation == 0  # of the base alone
+
+
+def test_the_classes_of_imagenet_100():
+    names = (RECIPES / "imagenet100.txt").read_text(encoding="utf-8").split()
+    assert len(names) == len(set(names)) == 100 and all(re.fullmatch(r"n\d{8}", name) for name in names)
+
+
 # Of the settings that build on a model, which differ in corruption and CEP alone, one each. A distillation needs its
-# teacher, and is rehearsed where there is one.
-REHEARSED = [path for path in MODELS if script_of(path) != "train_lcm_distill"]
+# teacher and a personalization its base: they are rehearsed where there is one.
+REHEARSED = [path for path in MODELS if script_of(path) not in ("train_lcm_distill", *PERSONALIZATIONS)]
 REHEARSED += [folder / "cep_u.yaml" for folder in sorted(RECIPES.iterdir()) if (folder / "eta_5.yaml").exists()]
 
 

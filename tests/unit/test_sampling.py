@@ -241,7 +241,7 @@ def controls(*places: int) -> list[Image.Image]:
 def test_images_depend_on_the_control_of_their_own(tmp_path, make, scale):
     pipeline = sampling.open_pipeline(str(make(tmp_path / "x")))
     assert sampling.takes_controls(pipeline) and sampling.number_of_controls(pipeline) == 1
-    prompts, given = ["a cat", "a cat", "a dog"], controls(1, 9, 1)
+    prompts, given = ["a cat", "a cat", "a dog"], controls(1, 9, 5)
 
     def drawn(given, **settings):
         return arrays(sampling.sample_all(pipeline, prompts, controls=given, **SETTINGS | settings))

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from noisycond.arguments import DataArguments
-from noisycond.data.sources import Digits, ImageFolder, Subset, choose_classes, open_source
+from noisycond.data.sources import Digits, ImageFolder, MetadataFolder, Subset, choose_classes, open_source
 from noisycond.errors import InputError
 
 
@@ -350,6 +350,35 @@ def test_a_wrong_file_of_classes(saved, tmp_path, text, words):
     path.write_text(text)
     message = refusal(saved, class_subset=str(path))
     assert f"--class_subset {path}" in message and all(word in message for word in words)
+
+
+def test_classes_of_a_file_by_number(saved, tmp_path):
+    path = tmp_path / "ids.txt"
+    path.write_text("2\nzebra\n")
+    assert source_of(saved, class_subset=str(path)).class_names == ["zebra", "cat"]
+    for text, words in (("3\n", "no class '3'"), ("0\nzebra\n", "'0' and 'zebra' are one class; list it once")):
+        path.write_text(text)
+        assert words in refusal(saved, class_subset=str(path))
+
+
+def test_classes_that_are_named_by_numbers_are_chosen_by_name(tmp_path):
+    labelled(datasets.Value("int64"), [30, 7, 30]).save_to_disk(str(tmp_path / "saved"))
+    (tmp_path / "ids.txt").write_text("30\n")
+    assert source_of(tmp_path / "saved", class_subset=str(tmp_path / "ids.txt")).class_names == ["30"]
+    (tmp_path / "ids.txt").write_text("1\n")
+    assert "no class '1'" in refusal(tmp_path / "saved", class_subset=str(tmp_path / "ids.txt"))
+
+
+def test_an_id_stays_where_the_data_move_and_in_a_subset(folder, saved, tmp_path):
+    images = open_source(DataArguments(train_data_dir=str(folder)))
+    assert [images.id(index) for index in (0, 3)] == ["ant/0.png", "bee/0.png"]
+    (tmp_path / "names.txt").write_text("bee\n")
+    subset = open_source(DataArguments(train_data_dir=str(folder), class_subset=str(tmp_path / "names.txt")))
+    assert subset.id(0) == "bee/0.png"
+    assert source_of(saved).id(3) == "train/3" and Digits("test").id(7) == "test/7"
+    listed = [json.dumps({"file_name": "bee/1.png"}), json.dumps({"file_name": "cat/0.png"})]
+    (folder / "metadata.jsonl").write_text("\n".join(listed))
+    assert MetadataFolder(str(folder)).id(1) == "cat/0.png"
 
 
 def test_a_file_of_classes_that_is_not_there(saved):

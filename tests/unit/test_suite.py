@@ -4,8 +4,11 @@ import dataclasses
 
 import pytest
 import torch
+from PIL import Image
 
+from noisycond.data.controls import canny_edges
 from noisycond.errors import InputError
+from noisycond.evaluation.control import Controls, Obedience
 from noisycond.evaluation.features import Features
 from noisycond.evaluation.metrics import METRICS
 from noisycond.evaluation.options import MetricArguments
@@ -52,7 +55,17 @@ def evidence() -> Evidence:
         clip_scores=torch.full((200,), 30.0),
         pixels=lambda numbers: images[numbers],
         similarity=Difference(),
+        obedience=obedience("canny"),
     )
+
+
+def obedience(annotator: str | None, annotate=None) -> Obedience:
+    """Of images that are their own controls: white squares in two places."""
+    images = [Image.new("RGB", (16, 16)) for _ in range(2)]
+    for place, image in enumerate(images):
+        image.paste("white", (2 + 6 * place, 4, 8 + 6 * place, 10))
+    controls = [canny_edges(image) for image in images] if annotator == "canny" else images
+    return Obedience(Controls([0, 1], controls.__getitem__, annotator), images.__getitem__, annotate)
 
 
 def test_every_metric_belongs_to_a_family_that_gives_it(evidence):
@@ -60,7 +73,11 @@ def test_every_metric_belongs_to_a_family_that_gives_it(evidence):
     found = {
         name: estimate
         for family in FAMILIES
-        for name, estimate in compute(evidence, MetricArguments(), family).items()
+        for name, estimate in compute(
+            dataclasses.replace(evidence, obedience=obedience("mask")) if family == "control_masks" else evidence,
+            MetricArguments(),
+            family,
+        ).items()
     }
     assert set(found) == set(METRICS)
     assert found["class_agreement"].value == 1 and found["clip_score"].value == 30
@@ -80,6 +97,10 @@ def test_every_metric_belongs_to_a_family_that_gives_it(evidence):
         ("class_agreement", {"class_logits": None}, "--classifier"),
         ("clip_score", {"clip_scores": None}, "--clip_model"),
         ("lpips", {"similarity": None}, "--lpips_similarity"),
+        ("control_edges", {"obedience": None}, "no controls"),
+        ("control_edges", {"obedience": obedience("mask")}, "no edges"),
+        ("control_masks", {}, "no masks"),
+        ("control_masks", {"obedience": obedience("sam")}, "--sam_model"),
     ],
 )
 def test_what_is_lacking_is_said(evidence, family, change, words):
