@@ -77,6 +77,8 @@ class Base(ABC):
         pipeline: as it was opened, in float32; None of one that is only looked at (dry run).
         unet: its own; on the meta device in a dry run. first_stage: the autoencoder; None of one that is not on this
             machine (dry run). factor: of that.
+        schedule: noise schedule and prediction type that it was trained with, as JSON values; preset: the same, and
+            its latents.
         tally: counts what happened to the conditions.
         class_names: what the K labels of a class-conditional base mean, where that is known.
     """
@@ -88,6 +90,7 @@ class Base(ABC):
     unet: UNet2DConditionModel
     first_stage: FirstStage | None
     factor: int
+    schedule: dict
     preset: Preset
     tally: Tally
     class_names: list[str] | None = None
@@ -125,6 +128,7 @@ class Base(ABC):
             f"{FLAG} {name}: it predicts {schedule['prediction_type']!r}, but must predict one of "
             f"{', '.join(PREDICTION_TYPES)}.",
         )
+        self.schedule = schedule
         self.preset = Preset(latent_channels=self.unet.config.in_channels, factor=self.factor, **schedule)
 
     def _check_latents(self) -> None:
@@ -146,11 +150,9 @@ class Base(ABC):
             count = min(SHOWN, len(source))
             rows = [row * len(source) // count for row in range(count)]
         controls = held_out.of_column(args.control_column)
-        return Shown(
-            [controls.control(row, args.resolution) for row in rows],
-            [controls.target(row, args.resolution) for row in rows],
-            self.conditions_of(source, rows),
-        )
+        pictures = [_next_pair(controls, row, args.resolution) for row in rows]
+        rows, drawn, targets = map(list, zip(*pictures, strict=True))
+        return Shown(drawn, targets, self.conditions_of(source, rows))
 
     @property
     @abstractmethod
@@ -198,6 +200,26 @@ class Base(ABC):
         """Puts aside again, after a look, what a pipeline took to its device and training does not need there."""
 
 
+def _next_pair(controls: ControlSet, row: int, side: int) -> tuple[int, Image.Image, Image.Image]:
+    """This example, or the next one that can be read, for one that cannot does not stop a run: which it is, its
+    control and its image."""
+    size = len(controls.source)
+    for candidate in range(row, row + size):
+        candidate %= size
+        try:
+            return candidate, controls.control(candidate, side), controls.target(candidate, side)
+        except InputError as error:  # it is named when its turn comes
+            problem = error
+    raise problem
+
+
+def _data_that_is_here(args) -> TrainingData | None:
+    data = dry_run.open_what_is_here(args)
+    if data is not None:
+        find_controls(data, args.control_column)
+    return data
+
+
 class ClassBase(Base):
     """A class-conditional base; `args` with `CorruptionArguments`.
 
@@ -233,7 +255,7 @@ class ClassBase(Base):
     def peek(cls, args) -> "ClassBase":
         """Without weights, data that is not here, or a first stage that is not here; see [`noisycond.dry_run`]."""
         self, source = cls._found(args)
-        self.data = dry_run.open_what_is_here(args)
+        self.data = _data_that_is_here(args)
         own = args.pretrained_vae_model_name_or_path or args.pretrained_model_name_or_path
         preset = source.latents_of(args.resolution)
         self.first_stage, _, self.factor, self.why_latents = dry_run.latents_of(args, preset, own)
@@ -344,7 +366,7 @@ class TextBase(Base):
         """Without weights, or data that is not here; see [`noisycond.dry_run`]."""
         self = cls()
         self._take(args, peek_text_pipeline(**cls._named(args)), lambda name, seed: peek_first_stage(name))
-        self.data = dry_run.open_what_is_here(args)
+        self.data = _data_that_is_here(args)
         return self
 
     @staticmethod
@@ -407,7 +429,7 @@ class TextBase(Base):
 
     def conditions_of(self, source: ImageSource, rows: list[int]) -> list[str]:
         captions = source.captions(self.args.caption_column)
-        return [captions[row][0] for row in rows]
+        return [next(filter(None, captions[row]), "") for row in rows]
 
     def keep(self, run: RunFolder) -> None:
         keep_captions(self.args, self.data, run)

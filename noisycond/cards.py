@@ -254,7 +254,7 @@ def personalization_card(pipeline, adapter, args, result, code: str) -> ModelCar
     tags += ["class-conditional" if "class_labels" in code else "text-to-image"]
     return _generator_card(
         _front_matter([*tags, f"diffusers:{type(pipeline).__name__}"], "image-to-image", base),
-        f"# {kind} for {base}: {args.control_column} on {dataset}\n\nA {kind} ({args.control_column} images)",
+        f"# {kind} for {base}: {args.control_column} on {dataset}\n\n{kind} weights ({args.control_column} images)",
         "samples/final.png",
         code,
         "Each row: the control, the image that it was made from, and images drawn after it.",

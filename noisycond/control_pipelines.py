@@ -36,6 +36,7 @@ FACTS = "adapter.json"
 # The files of our control pipelines, each with an adapter of its own, by the condition of the base.
 CODE = ldm_class_to_image_control.PIPELINE_FILE
 MODULES = {LABELS: ldm_class_to_image_control, CAPTIONS: ldm_text_to_image_control}
+KINDS = ("controlnet", "t2i_adapter")
 
 
 @dataclass
@@ -73,7 +74,13 @@ def adapter_facts(name: str) -> AdapterFacts:
     path = _facts_file(name)
     require(path is not None, f"--pipeline {name}: no adapter folder, for it has no {FACTS}.")
     try:
-        return AdapterFacts(**json.loads(path.read_text(encoding="utf-8")))
+        facts = AdapterFacts(**json.loads(path.read_text(encoding="utf-8")))
+        for key, known in (("condition", tuple(MODULES)), ("kind", KINDS)):
+            if getattr(facts, key) not in known:
+                raise ValueError(f"its {key} is {getattr(facts, key)!r}, none of {', '.join(known)}")
+        if not isinstance(facts.base, str):
+            raise ValueError("it names no base")
+        return facts
     except (OSError, ValueError, TypeError) as error:
         raise InputError(f"--pipeline {name}: its {FACTS} is damaged ({in_one_line(error)}).") from error
 
@@ -146,13 +153,17 @@ def assemble(base: DiffusionPipeline, adapter: ModelMixin) -> DiffusionPipeline:
     """
     slot = "controlnet" if isinstance(adapter, ControlNetModel) else "adapter"
     if isinstance(base, StableDiffusionPipeline):
+        # The stock pipelines find out when they are called; ours when they are made.
+        ldm_text_to_image_control._check_controls(base.unet, [adapter], base.vae_scale_factor)
         kind = StableDiffusionControlNetPipeline if slot == "controlnet" else StableDiffusionAdapterPipeline
         parts = dict(base.components)
         if kind is StableDiffusionAdapterPipeline:
             parts.pop("image_encoder")
         pipeline = kind(**parts | {"safety_checker": None}, **{slot: adapter}, requires_safety_checker=False)
     else:
-        pipeline = control_class(base)(**base.components, **{slot: adapter})
+        names = base.config.get("id2label")  # of classes; no component
+        options = {slot: adapter} | ({} if names is None else {"id2label": names})
+        pipeline = control_class(base)(**base.components, **options)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(base.unet.device)
 
@@ -183,16 +194,19 @@ def save_adapter(adapter: ModelMixin, pipeline: DiffusionPipeline, facts: Adapte
     making.rmdir()
 
 
-def loading_code(pipeline: DiffusionPipeline, base: str, location: str | Path, call: str) -> str:
+def loading_code(
+    pipeline: DiffusionPipeline, base: str, location: str | Path, call: str, revision: str | None = None
+) -> str:
     """How to load an adapter folder with diffusers alone, and draw an image.
 
     Args:
         base, location: where a reader has the base and the adapter folder. call: the arguments of the call beside the
-            control image.
+            control image. revision: of the base on the Hub.
     """
     kind, in_diffusers = type(pipeline).__name__, type(pipeline).__module__.startswith("diffusers.")
     slot = "adapter" if getattr(pipeline, "controlnet", None) is None else "controlnet"
     adapter = type(getattr(pipeline, slot)).__name__
+    at = "" if revision is None else f', revision="{revision}"'
     names, utils, load, find = [adapter], ["load_image"], f'{adapter}.from_pretrained("{location}")', ""
     if not hasattr(diffusers, adapter):
         names, load = ["AutoModel"], f'AutoModel.from_pretrained("{location}", trust_remote_code=True)'
@@ -209,6 +223,6 @@ def loading_code(pipeline: DiffusionPipeline, base: str, location: str | Path, c
 from diffusers.utils import {", ".join(sorted(utils))}
 
 {find}{slot} = {load}
-pipeline = {kind}.from_pretrained("{base}", {slot}={slot})
+pipeline = {kind}.from_pretrained("{base}", {slot}={slot}{at})
 image = pipeline({call}, image=load_image("control.png")).images[0]
 """

@@ -4,8 +4,9 @@ the control is not ignored, and what a run leaves behind.
 Letters: B examples.
 """
 
+import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -194,22 +195,28 @@ class ControlCheck:
     together, or the learning rate is too low.
 
     Args:
-        batch: training examples, as [`noisycond.data.batches.Batches`] gives them.
+        batches: of training examples, as [`noisycond.data.batches.Batches`] gives them.
     """
 
+    EXAMPLES = 8  # at least; of a single one there is no other's control
     LEAST = 0.005  # share of the loss that the own control must spare
     PATIENCE = 2  # checks that may find nothing before there is a warning
 
-    def __init__(self, base: Base, objective, batch: dict, accelerator: Accelerator):
-        self.base, self.objective, self.batch, self.accelerator = base, objective, batch, accelerator
+    def __init__(self, base: Base, objective, batches: Iterator[dict], accelerator: Accelerator):
+        self.base, self.objective, self.accelerator = base, objective, accelerator
+        parts = [next(batches)]
+        while sum(len(part["control"]) for part in parts) < self.EXAMPLES:
+            parts.append(next(batches))
+        tensors = [name for name, value in parts[0].items() if torch.is_tensor(value)]
+        self.batch = {name: torch.cat([part[name] for part in parts]) for name in tensors}
         self.found_nothing = 0
 
     @torch.no_grad()
     def gain(self, denoiser: nn.Module) -> float:
         """1 - L(own control) / L(another's), of the mean losses of B examples at the same noise and timesteps."""
         device = self.accelerator.device
-        batch = {name: value.to(device) if torch.is_tensor(value) else value for name, value in self.batch.items()}
-        keys = step_keys(0, batch["position"])
+        batch = {name: value.to(device) for name, value in self.batch.items()}
+        keys = step_keys(0, torch.arange(len(batch["control"]), device=device))
         examples = self.objective.noise(self.base.first_stage.latents_of(batch, keys), keys)
         condition = self.base.true_conditions(batch)
         losses = []
@@ -284,8 +291,12 @@ def export(
 
     def code(base_name: str, location: str | Path) -> str:
         first = shown.conditions[0]
-        call = f'prompt="{first}"' if base.condition == CAPTIONS else f"class_labels=[{first}]"
-        return loading_code(pipeline, base_name, location, call)
+        call = (
+            f"prompt={json.dumps(first, ensure_ascii=False)}"
+            if base.condition == CAPTIONS
+            else f"class_labels=[{first}]"
+        )
+        return loading_code(pipeline, base_name, location, call, args.revision)
 
     card = personalization_card(
         pipeline,
@@ -351,6 +362,7 @@ def personalize(args: PersonalizationArguments, make_backbone: MakeBackbone, scr
     facts = data.facts | {
         "first_stage": base.first_stage.fingerprint,
         "mixed_precision": hardware.precision_of(args),
+        "schedule": base.schedule,
         "adapter": {name: value for name, value in backbone.model.config.items() if name[0] != "_"},
         **base.facts,
     }
@@ -360,7 +372,7 @@ def personalize(args: PersonalizationArguments, make_backbone: MakeBackbone, scr
     resume_from = claim(run, args, facts, script, accelerator)  # from here on the folder is this run's
     on_main(accelerator, lambda: base.keep(run))
     trainer.announce(args, accelerator, data.images, denoiser, batches)
-    check = ControlCheck(base, objective, next(batches.starting_at(0)), accelerator)
+    check = ControlCheck(base, objective, batches.starting_at(0), accelerator)
 
     def looking(action: Callable[[DiffusionPipeline, int], dict | None]):
         def look(step: int) -> dict | None:

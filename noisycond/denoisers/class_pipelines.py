@@ -146,8 +146,8 @@ def match_classes(class_names: list[str], theirs: list[str] | None, known: int, 
             says. known: K. flag, name: of the pipeline, for messages.
 
     Raises:
-        InputError: a class that the pipeline does not know, or nobody says what its labels mean and the dataset has
-            another number of classes.
+        InputError: a class that the pipeline does not know or knows twice, or nobody says what its labels mean and
+            the dataset has another number of classes.
     """
     if theirs is None:
         require(
@@ -159,10 +159,9 @@ def match_classes(class_names: list[str], theirs: list[str] | None, known: int, 
     require(
         len(theirs) == known, f"--base_class_names has {len(theirs)} names, but {flag} {name} knows {known} classes."
     )
-    places: dict[str, int] = {}
-    for label, aliases in enumerate(theirs):
-        for alias in (aliases, *aliases.split(",")):
-            places.setdefault(alias.strip(), label)
+    if class_names == theirs:  # which may have a name twice
+        return list(range(known))
+    places = _labels_by_name(theirs)
     unknown = [own for own in class_names if own not in places]
     require(
         not unknown,
@@ -170,4 +169,21 @@ def match_classes(class_names: list[str], theirs: list[str] | None, known: int, 
         f"{''.join(unknown[:1])!r}{closest(''.join(unknown[:1]), list(places))}; --base_class_names FILE says what "
         "its labels mean.",
     )
-    return [places[own] for own in class_names]
+    several = [own for own in class_names if len(places[own]) > 1]
+    require(
+        not several,
+        f"{flag} {name}: its labels {' and '.join(str(label) for own in several[:1] for label in places[own])} are "
+        f"both called {''.join(several[:1])!r}; tell them apart with --base_class_names FILE.",
+    )
+    return [places[own][0] for own in class_names]
+
+
+def _labels_by_name(class_names: list[str]) -> dict[str, list[int]]:
+    """The labels that each name stands for; as an alias it stands only for what no whole name says."""
+    whole: dict[str, list[int]] = {}
+    aliases: dict[str, list[int]] = {}
+    for label, name in enumerate(class_names):
+        whole.setdefault(name.strip(), []).append(label)
+        for alias in {part.strip() for part in name.split(",")}:
+            aliases.setdefault(alias, []).append(label)
+    return aliases | whole
