@@ -30,31 +30,34 @@ demo: $(READY)
 	$(BIN)/accelerate launch evaluate_model.py --recipe digits_evaluation --pipeline runs/demo --output_dir runs/demo-evaluation
 
 # Two bases, clean and with CEP, a ControlNet on each, and one table of both with the spread over SEEDS. A run that ended
-# has its card and is not repeated; one that was cut goes on from its last checkpoint.
+# has written its last file and is not repeated; one that was cut goes on from its last checkpoint. Each list of seeds
+# has a table of its own.
 SEEDS ?= 0 1 2
 COMPARED := runs/personalization
-CLEAN_BASES := $(SEEDS:%=$(COMPARED)/base-clean-%/README.md)
-CEP_BASES := $(SEEDS:%=$(COMPARED)/base-cep-%/README.md)
+CLEAN_BASES := $(SEEDS:%=$(COMPARED)/base-clean-%/model_index.json)
+CEP_BASES := $(SEEDS:%=$(COMPARED)/base-cep-%/model_index.json)
 CLEAN_CONTROLNETS := $(SEEDS:%=$(COMPARED)/controlnet-clean-%/README.md)
 CEP_CONTROLNETS := $(SEEDS:%=$(COMPARED)/controlnet-cep-%/README.md)
 COMMA := ,
 EMPTY :=
-group = $(subst $(EMPTY) $(EMPTY),$(COMMA),$(strip $(patsubst %/README.md,%,$(1))))
+joined = $(subst $(EMPTY) $(EMPTY),$(2),$(strip $(1)))
+group = $(call joined,$(patsubst %/README.md,%,$(1)),$(COMMA))
+COMPARISON := $(COMPARED)/evaluation-$(call joined,$(SEEDS),-)
 
-personalization: $(COMPARED)/evaluation/metrics.md
+personalization: $(COMPARISON)/metrics.md
 	@echo "The table: $<"
 
-$(CLEAN_BASES): $(COMPARED)/base-clean-%/README.md: | $(READY)
+$(CLEAN_BASES): $(COMPARED)/base-clean-%/model_index.json: | $(READY)
 	$(BIN)/accelerate launch train_class_cond.py --recipe digits_ldm --cep_gamma 0 --seed $* --output_dir $(@D) --resume_from_checkpoint latest
 
-$(CEP_BASES): $(COMPARED)/base-cep-%/README.md: | $(READY)
+$(CEP_BASES): $(COMPARED)/base-cep-%/model_index.json: | $(READY)
 	$(BIN)/accelerate launch train_class_cond.py --recipe digits_ldm --seed $* --output_dir $(@D) --resume_from_checkpoint latest
 
-$(CLEAN_CONTROLNETS) $(CEP_CONTROLNETS): $(COMPARED)/controlnet-%/README.md: $(COMPARED)/base-%/README.md | $(READY)
+$(CLEAN_CONTROLNETS) $(CEP_CONTROLNETS): $(COMPARED)/controlnet-%/README.md: $(COMPARED)/base-%/model_index.json | $(READY)
 	$(BIN)/accelerate launch train_controlnet.py --recipe digits_controlnet --pretrained_model_name_or_path $(<D) \
 		--seed $(lastword $(subst -, ,$*)) --output_dir $(@D) --resume_from_checkpoint latest
 
-$(COMPARED)/evaluation/metrics.md: $(CLEAN_CONTROLNETS) $(CEP_CONTROLNETS) | $(READY)
+$(COMPARISON)/metrics.md: $(CLEAN_CONTROLNETS) $(CEP_CONTROLNETS) | $(READY)
 	$(BIN)/accelerate launch evaluate_model.py --recipe digits_control_evaluation --output_dir $(@D) \
 		--pipeline clean=$(call group,$(CLEAN_CONTROLNETS)) cep=$(call group,$(CEP_CONTROLNETS))
 
