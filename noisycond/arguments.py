@@ -307,9 +307,20 @@ class PerturbationArguments(Arguments):
 
 
 @dataclass
-class ObjectiveArguments(Arguments):
-    prediction_type: Literal["epsilon", "v_prediction"] = flag("epsilon", "What the denoiser predicts.")
+class SNRArguments(Arguments):
     snr_gamma: float | None = flag(None, "γ of min-SNR weighting (arXiv:2303.09556); they use 5.")
+
+    def __post_init__(self):
+        super().__post_init__()
+        require(
+            self.snr_gamma is None or 0 < self.snr_gamma < math.inf,
+            f"--snr_gamma is {self.snr_gamma}, but it must be a positive number.",
+        )
+
+
+@dataclass
+class ObjectiveArguments(SNRArguments):
+    prediction_type: Literal["epsilon", "v_prediction"] = flag("epsilon", "What the denoiser predicts.")
     num_train_timesteps: int = flag(1000, "Number of noise levels.")
     beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] | None = flag(
         None, "The noise schedule; the default is that of the denoiser preset."
@@ -319,10 +330,6 @@ class ObjectiveArguments(Arguments):
 
     def __post_init__(self):
         super().__post_init__()
-        require(
-            self.snr_gamma is None or 0 < self.snr_gamma < math.inf,
-            f"--snr_gamma is {self.snr_gamma}, but it must be a positive number.",
-        )
         require(
             self.num_train_timesteps > 1,
             f"--num_train_timesteps is {self.num_train_timesteps}, but at least 2 are needed.",

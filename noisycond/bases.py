@@ -4,6 +4,7 @@ control them from.
 Letters: B examples, K classes, R the resolution.
 """
 
+import logging
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
@@ -15,8 +16,9 @@ from torch import nn
 
 from noisycond import dry_run
 from noisycond.captions import CaptionTally
-from noisycond.class_conditional import label_conditions, open_corruption
+from noisycond.class_conditional import first_stage_of, label_conditions, open_corruption, peek_latents
 from noisycond.condition_kinds import CAPTIONS, LABELS, require_kind
+from noisycond.control_pipelines import draw_at, native_resolution
 from noisycond.control_set import ControlSet, open_controls
 from noisycond.corruption import LabelCorruption
 from noisycond.data.batches import Batches
@@ -29,7 +31,6 @@ from noisycond.denoisers.class_pipelines import (
     check_latents,
     declared_class_name,
     find_class_pipeline,
-    lacks_a_first_stage,
     match_classes,
     open_class_pipeline,
     pipeline_index,
@@ -40,7 +41,7 @@ from noisycond.denoisers.presets import Preset
 from noisycond.denoisers.text_pipelines import TextPipeline, open_text_pipeline, peek_text_pipeline
 from noisycond.errors import InputError, require
 from noisycond.evaluation.in_training import TrainingEvaluation, evaluation_controls
-from noisycond.first_stage import FirstStage, open_first_stage, peek_first_stage, state_hash, taken_from
+from noisycond.first_stage import FirstStage, open_first_stage, peek_first_stage, state_hash
 from noisycond.noise_schedule import make_betas, schedule_of_scheduler
 from noisycond.objective import PREDICTION_TYPES, DiffusionObjective
 from noisycond.perturbation import ConditionEmbeddingPerturbation
@@ -49,6 +50,7 @@ from noisycond.text_conditional import cache_texts, keep_captions, mask_word_of,
 from noisycond.training_state import Tally
 
 
+logger = logging.getLogger(__name__)
 FLAG = "--pretrained_model_name_or_path"
 DOING = "controlled"
 SHOWN = 10  # rows of a sample grid
@@ -81,6 +83,7 @@ class Base(ABC):
             its latents.
         tally: counts what happened to the conditions.
         class_names: what the K labels of a class-conditional base mean, where that is known.
+        draws_at: the side of the images that the base draws by itself; it is made to draw at --resolution.
     """
 
     condition: str
@@ -94,6 +97,7 @@ class Base(ABC):
     preset: Preset
     tally: Tally
     class_names: list[str] | None = None
+    draws_at: int | None = None
 
     def denoiser(self, backbone: ControlledUNet) -> ConditionalDenoiser:
         """What is trained: around the frozen U-Net and what is beside it, the base's own encoder, frozen, and CEP."""
@@ -135,6 +139,17 @@ class Base(ABC):
         check_latents(
             FLAG, self.args.pretrained_model_name_or_path, self.unet.config, self.first_stage, self.args.resolution
         )
+        self.draws_at = native_resolution(self.pipeline)
+        if self.draws_at not in (None, self.args.resolution):
+            logger.warning(
+                "--resolution is %d, but %s draws images of %d pixels by itself; the control is learned, and images are "
+                "drawn here, at %d.",
+                self.args.resolution,
+                self.args.pretrained_model_name_or_path,
+                self.draws_at,
+                self.args.resolution,
+            )
+        draw_at(self.pipeline, self.args.resolution)
 
     def shown(self) -> Shown:
         """What sample grids show: of digits held-out ones, a row per class, else training examples, spread evenly."""
@@ -185,7 +200,8 @@ class Base(ABC):
 
     @abstractmethod
     def true_conditions(self, batch: dict) -> dict:
-        """The same as the data has them: nothing is corrupted, dropped or counted."""
+        """The same with nothing dropped or counted, and labels that are not corrupted; captions come as the dataset
+        gives them, corrupted ones among them."""
 
     @abstractmethod
     def conditions_of(self, source: ImageSource, rows: list[int]) -> list[int] | list[str]:
@@ -245,7 +261,8 @@ class ClassBase(Base):
         self.pipeline = open_class_pipeline(source)
         self.unet, self.embedder = self.pipeline.unet, self.pipeline.class_embedder
         self._match(source.class_names, self.data.source.class_names, self.embedder.null_class)
-        self.first_stage = self._open_first_stage()
+        self.first_stage = first_stage_of(args, source, self.pipeline.vqvae)
+        self.pipeline.register_modules(vqvae=self.first_stage.model)
         self.factor = self.first_stage.factor
         self._check_latents()
         self._take_schedule()
@@ -256,9 +273,7 @@ class ClassBase(Base):
         """Without weights, data that is not here, or a first stage that is not here; see [`noisycond.dry_run`]."""
         self, source = cls._found(args)
         self.data = _data_that_is_here(args)
-        own = args.pretrained_vae_model_name_or_path or args.pretrained_model_name_or_path
-        preset = source.latents_of(args.resolution)
-        self.first_stage, _, self.factor, self.why_latents = dry_run.latents_of(args, preset, own)
+        self.first_stage, _, self.factor, self.why_latents = peek_latents(args, source)
         with torch.device("meta"):
             known = {name: value for name, value in source.unet.items() if not name.startswith("_")}
             self.unet = UNet2DConditionModel(**known)
@@ -279,16 +294,6 @@ class ClassBase(Base):
             theirs = read_class_names("--base_class_names", args.base_class_names)
         labels = match_classes(own, theirs, known, FLAG, args.pretrained_model_name_or_path)
         self.class_names, self.known_as, self._num_classes = theirs, torch.tensor(labels), known
-
-    def _open_first_stage(self) -> FirstStage:
-        args = self.args
-        if args.pretrained_vae_model_name_or_path is not None:
-            first_stage = open_first_stage(args.pretrained_vae_model_name_or_path, args.seed)
-            self.pipeline.register_modules(vqvae=first_stage.model)
-            return first_stage
-        autoencoder = self.pipeline.vqvae
-        require(autoencoder is not None, lacks_a_first_stage(args.pretrained_model_name_or_path))
-        return taken_from(autoencoder, dict(autoencoder.config), args.pretrained_model_name_or_path, args.seed)
 
     @property
     def facts(self) -> dict:
@@ -435,8 +440,7 @@ class TextBase(Base):
         keep_captions(self.args, self.data, run)
 
     def set_aside(self) -> None:
-        if self.model.text.is_parked:
-            self.model.text.park()
+        self.model.text.park_again()
 
 
 BASES: dict[str, type[Base]] = {LABELS: ClassBase, CAPTIONS: TextBase}

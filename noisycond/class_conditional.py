@@ -9,6 +9,7 @@ import torch
 from accelerate import Accelerator
 from diffusers import DiffusionPipeline
 from huggingface_hub import ModelCard
+from torch import nn
 
 from noisycond import dry_run, randomness, sampling, teachers
 from noisycond.arguments import ValidationArguments, flag
@@ -102,6 +103,35 @@ def label_conditions(
     return corrupted, true
 
 
+def first_stage_of(args, source: ClassPipelineSource, autoencoder: nn.Module | None) -> FirstStage:
+    """The first stage that the flags name, or else the pipeline's own.
+
+    Args:
+        autoencoder: the pipeline's; None where it has none.
+
+    Raises:
+        InputError: there is none.
+    """
+    if args.pretrained_vae_model_name_or_path is not None:
+        return open_first_stage(args.pretrained_vae_model_name_or_path, args.seed)
+    require(autoencoder is not None, lacks_a_first_stage(source.name))
+    return taken_from(autoencoder, dict(autoencoder.config), source.name, args.seed)
+
+
+def peek_latents(args, source: ClassPipelineSource) -> tuple[FirstStage | None, int, int, str]:
+    """As [`noisycond.dry_run.latents_of`], of the first stage that the flags name or else of the pipeline's own.
+
+    Raises:
+        InputError: there is none.
+    """
+    own = args.pretrained_vae_model_name_or_path or source.name
+    try:
+        return dry_run.latents_of(args, source.latents_of(args.resolution), own)
+    except InputError:
+        require(args.pretrained_vae_model_name_or_path is not None, lacks_a_first_stage(source.name))
+        raise
+
+
 def draw_samples(pipeline: DiffusionPipeline, args, num_classes: int, path: Path) -> None:
     """Draws a sample grid, a row per class, and saves it as a PNG."""
     per_class = args.validation_images_per_class
@@ -152,7 +182,7 @@ class ClassTeaching(teachers.Teaching):
         self.class_names = self.data.source.class_names
         self.tally, self.groups = open_corruption(args, self.data)
         self.teacher, autoencoder = teachers.open_teacher(source, self.class_names)
-        self.first_stage = cls._first_stage(args, autoencoder)
+        self.first_stage = first_stage_of(args, source, autoencoder)
         check_latents(source.flag, source.name, source.unet, self.first_stage, args.resolution)
         self.latents = teachers.Latents(self.first_stage.latent_channels, self.first_stage.factor, "first stage")
         return self
@@ -163,14 +193,7 @@ class ClassTeaching(teachers.Teaching):
         self, source = cls(), teachers.find_teacher(args.pretrained_teacher_model, args.teacher_revision)
         self._take(args, source)
         self.data = dry_run.open_what_is_here(args)
-        own = args.pretrained_vae_model_name_or_path or args.pretrained_teacher_model
-        try:
-            first_stage, *latents = dry_run.latents_of(args, source.latents_of(args.resolution), own)
-        except InputError:
-            require(
-                args.pretrained_vae_model_name_or_path is not None, lacks_a_first_stage(args.pretrained_teacher_model)
-            )
-            raise
+        first_stage, *latents = peek_latents(args, source)
         self.first_stage, self.latents = first_stage, teachers.Latents(*latents)
         self.class_names = dry_run.class_names_of(args, self.data)
         teachers.check_data(source, self.class_names)
@@ -183,14 +206,6 @@ class ClassTeaching(teachers.Teaching):
         self.scheduler = teachers.lcm_scheduler(
             source.scheduler, args.num_ddim_timesteps, args.timestep_scaling_factor
         )
-
-    @staticmethod
-    def _first_stage(args, autoencoder) -> FirstStage:
-        """The first stage that the flags name, or else the teacher's own."""
-        if args.pretrained_vae_model_name_or_path is not None:
-            return open_first_stage(args.pretrained_vae_model_name_or_path, args.seed)
-        require(autoencoder is not None, lacks_a_first_stage(args.pretrained_teacher_model))
-        return taken_from(autoencoder, dict(autoencoder.config), args.pretrained_teacher_model, args.seed)
 
     @property
     def facts(self) -> dict:

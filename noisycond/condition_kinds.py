@@ -74,8 +74,8 @@ def arguments_class(argv: list[str] | None, started: Started) -> type[Arguments]
     other = {LABELS: own[CAPTIONS] - own[LABELS], CAPTIONS: own[LABELS] - own[CAPTIONS]}
     name = said.get(started.flag)
     kind = kind_of_pipeline(f"--{started.flag}", name, said.get(started.revision), started.doing) if name else None
-    if kind is None:
-        kind = CAPTIONS if said.keys() & other[LABELS] else LABELS
+    if kind is None:  # what is wrong with the name, parsing and opening tell
+        return classes[CAPTIONS if said.keys() & other[LABELS] else LABELS]
     alien = sorted(said.keys() & other[kind])
     require(not alien, f"--{''.join(alien[:1])} has no effect: --{started.flag} {name} takes {kind}.")
     return classes[kind]

@@ -4,6 +4,7 @@ the control is not ignored, and what a run leaves behind.
 Letters: B examples.
 """
 
+import copy
 import json
 import logging
 from collections.abc import Callable, Iterator
@@ -11,9 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
-from diffusers import DiffusionPipeline, ModelMixin
-from torch import nn
+from diffusers import ControlNetModel, DiffusionPipeline
 
 from noisycond import checkpoints, dry_run, hardware, hub, sampling, trainer
 from noisycond.arguments import (
@@ -24,13 +23,23 @@ from noisycond.arguments import (
     LoopArguments,
     MemoryArguments,
     PerturbationArguments,
+    SNRArguments,
     ValidationArguments,
     flag,
 )
 from noisycond.bases import BASES, DOING, FLAG, Base, Shown
-from noisycond.cards import UNKNOWN_PLACE, personalization_card, public_name
+from noisycond.cards import UNKNOWN_PLACE, distilled_call, personalization_card, public_name
 from noisycond.condition_kinds import CAPTIONS, LABELS, Started
-from noisycond.control_pipelines import AdapterFacts, assemble, loading_code, save_adapter
+from noisycond.control_check import ControlCheck
+from noisycond.control_pipelines import (
+    AdapterFacts,
+    assemble,
+    controlling,
+    loading_code,
+    local_places,
+    save_adapter,
+)
+from noisycond.data.batches import Batches
 from noisycond.data.caption_options import CaptionCorruptionArguments, CaptionDataArguments
 from noisycond.data.controls import ANNOTATORS
 from noisycond.denoisers.control import ControlledUNet
@@ -40,12 +49,14 @@ from noisycond.evaluation.in_training import (
     ControlEvaluationArguments,
     EvaluationArguments,
     TextEvaluationArguments,
+    TrainingEvaluation,
 )
+from noisycond.first_stage import state_hash
 from noisycond.pictures import control_grid
 from noisycond.processes import on_main
-from noisycond.randomness import step_keys
-from noisycond.results import leave_results
+from noisycond.results import leave_results, looking
 from noisycond.run_folder import RunFolder, claim
+from noisycond.trainer import FitResult
 
 
 logger = logging.getLogger(__name__)
@@ -54,7 +65,13 @@ MakeBackbone = Callable[[Base], ControlledUNet]  # makes what is trained, around
 
 @dataclass
 class PersonalizationArguments(
-    FirstStageArguments, PerturbationArguments, ValidationArguments, MemoryArguments, LoopArguments, HubArguments
+    FirstStageArguments,
+    PerturbationArguments,
+    ValidationArguments,
+    SNRArguments,
+    MemoryArguments,
+    LoopArguments,
+    HubArguments,
 ):
     """The flags that all personalizations have; those of data, corruption and evaluation are added by what the base
     takes as a condition."""
@@ -71,7 +88,6 @@ class PersonalizationArguments(
         "The dataset's column of control images, each of its image's size; prepare_dataset.py makes them. Digits have "
         "`canny` and `mask`.",
     )
-    snr_gamma: float | None = flag(None, "γ of min-SNR weighting (arXiv:2303.09556); they use 5.")
     num_validation_images: int = flag(4, "Images per control in the sample grids.")
     control_check_steps: int = flag(
         100,
@@ -88,10 +104,6 @@ class PersonalizationArguments(
         require(
             self.revision is None or not Path(self.pretrained_model_name_or_path).is_dir(),
             f"--revision has no effect on a folder, {self.pretrained_model_name_or_path}; leave it off.",
-        )
-        require(
-            self.snr_gamma is None or 0 < self.snr_gamma < float("inf"),
-            f"--snr_gamma is {self.snr_gamma}, but it must be a positive number.",
         )
         for name, least in (("num_validation_images", 1), ("control_check_steps", 0)):
             require(
@@ -186,62 +198,6 @@ def make_compute_loss(base: Base, objective):
     return compute_loss
 
 
-class ControlCheck:
-    """Whether a denoiser heeds its control: how much lower the loss is with an image's own control than with that of
-    another, all else equal.
-
-    A ControlNet may begin to follow its control all at once, after thousands of steps (the sudden convergence of
-    arXiv:2302.05543); before that both losses are alike, and where they stay so, control and image do not belong
-    together, or the learning rate is too low.
-
-    Args:
-        batches: of training examples, as [`noisycond.data.batches.Batches`] gives them.
-    """
-
-    EXAMPLES = 8  # at least; of a single one there is no other's control
-    LEAST = 0.005  # share of the loss that the own control must spare
-    PATIENCE = 2  # checks that may find nothing before there is a warning
-
-    def __init__(self, base: Base, objective, batches: Iterator[dict], accelerator: Accelerator):
-        self.base, self.objective, self.accelerator = base, objective, accelerator
-        parts = [next(batches)]
-        while sum(len(part["control"]) for part in parts) < self.EXAMPLES:
-            parts.append(next(batches))
-        tensors = [name for name, value in parts[0].items() if torch.is_tensor(value)]
-        self.batch = {name: torch.cat([part[name] for part in parts]) for name in tensors}
-        self.found_nothing = 0
-
-    @torch.no_grad()
-    def gain(self, denoiser: nn.Module) -> float:
-        """1 - L(own control) / L(another's), of the mean losses of B examples at the same noise and timesteps."""
-        device = self.accelerator.device
-        batch = {name: value.to(device) for name, value in self.batch.items()}
-        keys = step_keys(0, torch.arange(len(batch["control"]), device=device))
-        examples = self.objective.noise(self.base.first_stage.latents_of(batch, keys), keys)
-        condition = self.base.true_conditions(batch)
-        losses = []
-        for control in (batch["control"], batch["control"].roll(1, 0)):
-            with self.accelerator.autocast():
-                prediction = denoiser(examples.noisy, examples.timesteps, condition | {"control": control})
-            losses.append(self.objective.loss(prediction, examples).mean().item())
-        return 1.0 - losses[0] / losses[1]
-
-    def __call__(self, denoiser: nn.Module, step: int) -> dict:
-        """The gain, for the log; warns where it stays below what a heeded control brings."""
-        gain = self.gain(denoiser)
-        self.found_nothing = 0 if gain >= self.LEAST else self.found_nothing + 1
-        if self.found_nothing >= self.PATIENCE:
-            logger.warning(
-                "At step %d the control is ignored: with an image's own control the loss is %.2f %% lower than with "
-                "another's, and a control that is heeded brings at least %.1f %%. If it stays so, look at the "
-                "controls in the sample grids, train longer or raise --learning_rate.",
-                step,
-                100 * gain,
-                100 * self.LEAST,
-            )
-        return {"control_gain": gain}
-
-
 def draw_control_grid(pipeline: DiffusionPipeline, args, shown: Shown, path: Path, turned: int = 0) -> None:
     """Draws a row per control: the control, the image it was made from, and results; saved as a PNG.
 
@@ -266,48 +222,62 @@ def draw_control_grid(pipeline: DiffusionPipeline, args, shown: Shown, path: Pat
 
 def export(
     pipeline: DiffusionPipeline,
-    adapter: ModelMixin,
-    args,
+    args: PersonalizationArguments,
     base: Base,
     run: RunFolder,
-    shown,
-    result,
-    repo_id,
-    evaluation,
+    shown: Shown,
+    result: FitResult,
+    repo_id: str | None,
+    evaluation: TrainingEvaluation | None,
 ) -> None:
-    """Writes the last sample grids and what else a run leaves behind: the adapter alone, not the base."""
+    """Writes the last sample grids and what else a run leaves behind: of the pipeline what was trained, not the
+    base."""
+    adapter = controlling(pipeline)
+    other = args.pretrained_vae_model_name_or_path
     draw_control_grid(pipeline, args, shown, run.samples / "final.png")
     if len(shown.controls) > 1:
         draw_control_grid(pipeline, args, shown, run.samples / "other_conditions.png", turned=1)
     facts = AdapterFacts(
-        base=args.pretrained_model_name_or_path,
+        base=public_name(args.pretrained_model_name_or_path),
         revision=args.revision,
         condition=base.condition,
-        kind=kind_of(pipeline),
+        kind="controlnet" if isinstance(adapter, ControlNetModel) else "t2i_adapter",
         control_column=args.control_column,
         annotator=args.control_column if args.control_column in ANNOTATORS else None,
         class_names=base.class_names,
+        resolution=args.resolution,
+        first_stage=None if other is None else public_name(other),
+        base_weights=state_hash(base.unet),
     )
+    local = local_places(base=args.pretrained_model_name_or_path, first_stage=other)
+    if repo_id is not None and "base" in local:
+        logger.warning(
+            "The card of %s names the base %s, which is a folder here: push that too, and write its id into the card.",
+            repo_id,
+            facts.base,
+        )
 
-    def code(base_name: str, location: str | Path) -> str:
+    def code(base_name: str, location: str | Path, first_stage: str | None) -> str:
         first = shown.conditions[0]
-        call = (
+        condition = (
             f"prompt={json.dumps(first, ensure_ascii=False)}"
             if base.condition == CAPTIONS
             else f"class_labels=[{first}]"
         )
-        return loading_code(pipeline, base_name, location, call, args.revision)
+        size = "" if base.draws_at == args.resolution else f", height={args.resolution}, width={args.resolution}"
+        call = f"{condition}{size}, {distilled_call(args)}"
+        return loading_code(pipeline, base_name, location, call, args.revision, first_stage)
 
     card = personalization_card(
         pipeline,
         adapter,
         args,
         result,
-        code(public_name(args.pretrained_model_name_or_path), repo_id or UNKNOWN_PLACE),
+        code(facts.base, repo_id or UNKNOWN_PLACE, facts.first_stage),
     )
 
     def write() -> None:
-        save_adapter(adapter, pipeline, facts, run.path)
+        save_adapter(adapter, pipeline, facts, local, run.path)
         card.save(run.path / "README.md")
 
     leave_results(
@@ -316,16 +286,11 @@ def export(
         run,
         result,
         write=write,
-        how_to_load=code(args.pretrained_model_name_or_path, run.path),
+        how_to_load=code(args.pretrained_model_name_or_path, run.path, local.get("first_stage", other)),
         evaluation=evaluation,
         repo_id=repo_id,
         left=type(adapter).__name__,
     )
-
-
-def kind_of(pipeline: DiffusionPipeline) -> str:
-    """What controls a pipeline, as adapter.json says it."""
-    return "t2i_adapter" if getattr(pipeline, "controlnet", None) is None else "controlnet"
 
 
 def personalize(args: PersonalizationArguments, make_backbone: MakeBackbone, script: str) -> None:
@@ -351,7 +316,8 @@ def personalize(args: PersonalizationArguments, make_backbone: MakeBackbone, scr
     if args.enable_xformers_memory_efficient_attention:
         for model in (backbone.unet, backbone.model):
             hardware.enable_xformers(model)
-    shown = on_main(accelerator, base.shown)
+    shown: list[Shown] = []  # on the main process, which alone draws
+    on_main(accelerator, lambda: shown.append(base.shown()))
     on_main(accelerator, lambda: _try_to_assemble(base, backbone))
 
     evaluation = None
@@ -372,16 +338,15 @@ def personalize(args: PersonalizationArguments, make_backbone: MakeBackbone, scr
     resume_from = claim(run, args, facts, script, accelerator)  # from here on the folder is this run's
     on_main(accelerator, lambda: base.keep(run))
     trainer.announce(args, accelerator, data.images, denoiser, batches)
-    check = ControlCheck(base, objective, batches.starting_at(0), accelerator)
+    checks: list[ControlCheck] = []  # likewise
+    if args.control_check_steps:
+        on_main(accelerator, lambda: checks.append(ControlCheck(base, objective, _few(batches), accelerator)))
 
-    def looking(action: Callable[[DiffusionPipeline, int], dict | None]):
-        def look(step: int) -> dict | None:
-            try:
-                return action(assemble(base.pipeline, backbone.export_model()), step)
-            finally:
-                base.set_aside()
+    def controlled() -> DiffusionPipeline:
+        return assemble(base.pipeline, backbone.export_model())
 
-        return look
+    def draw(pipeline: DiffusionPipeline, step: int) -> None:
+        draw_control_grid(pipeline, args, shown[0], run.samples / f"step-{step:07d}.png")
 
     result = trainer.fit(
         denoiser,
@@ -394,27 +359,21 @@ def personalize(args: PersonalizationArguments, make_backbone: MakeBackbone, scr
         resume_from=resume_from,
         tallies={"corruption": base.tally},
         looks=[
-            (
-                looking(
-                    lambda pipeline, step: draw_control_grid(
-                        pipeline, args, shown, run.samples / f"step-{step:07d}.png"
-                    )
-                ),
-                args.validation_steps,
-            ),
-            (lambda step: check(denoiser, step), args.control_check_steps),
-            (looking(lambda pipeline, step: evaluation(pipeline)), args.eval_steps),
+            (looking(controlled, draw, base.set_aside), args.validation_steps),
+            (lambda step: checks[0](denoiser, step), args.control_check_steps),
+            (looking(controlled, lambda pipeline, step: evaluation(pipeline), base.set_aside), args.eval_steps),
         ],
     )
     if result.stopped_by is None:
-        adapter = backbone.export_model()
-        on_main(
-            accelerator,
-            lambda: export(
-                assemble(base.pipeline, adapter), adapter, args, base, run, shown, result, repo_id, evaluation
-            ),
-        )
+        on_main(accelerator, lambda: export(controlled(), args, base, run, shown[0], result, repo_id, evaluation))
     trainer.finish(accelerator, result, run)
+
+
+def _few(batches: Batches) -> Iterator[dict]:
+    """The first batches, without workers: they would load ahead what nobody reads."""
+    quiet = copy.copy(batches)
+    quiet.num_workers = 0
+    return quiet.starting_at(0)
 
 
 def _try_to_assemble(base: Base, backbone: ControlledUNet) -> None:

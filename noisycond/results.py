@@ -43,6 +43,26 @@ def draw_grid(
         pictures.image_grid(images, per_row, scale=scale).save(path)
 
 
+def looking(
+    assemble: Callable[[], DiffusionPipeline],
+    action: Callable[[DiffusionPipeline, int], dict | None],
+    afterwards: Callable[[], None] = lambda: None,
+) -> Callable[[int], dict | None]:
+    """A look of [`noisycond.trainer.fit`] that is given the pipeline with the weights of the moment, and the step.
+
+    Args:
+        afterwards: done then in any case.
+    """
+
+    def look(step: int) -> dict | None:
+        try:
+            return action(assemble(), step)
+        finally:
+            afterwards()
+
+    return look
+
+
 LORA = {"left": "LoRA weights", "needs": "diffusers and peft are"}
 
 

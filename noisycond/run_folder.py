@@ -140,6 +140,7 @@ OWNED = (
     "adapter_config.json",
     "adapter_model.safetensors",
     "adapter.json",
+    "adapter_local.json",
     "pipeline.py",
     ".export.tmp",
 )

@@ -13,7 +13,7 @@ import torch
 from accelerate import Accelerator
 from diffusers import DDIMScheduler, DiffusionPipeline, LatentConsistencyModelPipeline, StableDiffusionPipeline
 
-from noisycond import dry_run, randomness, teachers
+from noisycond import dry_run, randomness, results, teachers
 from noisycond.arguments import ValidationArguments, flag
 from noisycond.captions import MASK_WORD, CaptionTally
 from noisycond.cards import UNKNOWN_PLACE, loading_code, lora_loading_code, public_name, text_to_image_card
@@ -310,17 +310,9 @@ def looking(
     denoiser: ConditionalDenoiser,
     action: Callable[[DiffusionPipeline, int], dict | None],
 ) -> Callable[[int], dict | None]:
-    """A look of [`noisycond.trainer.fit`] that is given the pipeline with the weights of the moment, and the step.
-    Text encoders that were put aside, which the pipeline takes to its device, are put aside again."""
-
-    def look(step: int) -> dict | None:
-        try:
-            return action(model.assemble(denoiser), step)
-        finally:
-            if denoiser.encoder.is_parked:
-                denoiser.encoder.park()
-
-    return look
+    """As [`noisycond.results.looking`]. Text encoders that were put aside, which the pipeline takes to its device, are
+    put aside again."""
+    return results.looking(lambda: model.assemble(denoiser), action, denoiser.encoder.park_again)
 
 
 def draw_samples(pipeline: DiffusionPipeline, args, prompts: list[str], path: Path) -> None:

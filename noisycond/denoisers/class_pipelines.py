@@ -80,8 +80,8 @@ def find_class_pipeline(name: str, revision: str | None, flag: str) -> ClassPipe
         raise InputError(f"{flag} {name}: its U-Net or scheduler is missing ({in_one_line(error)}).") from error
     require(
         unet.get("time_cond_proj_dim") is None,
-        f"{flag} {name}: its U-Net was distilled itself (time_cond_proj_dim {unet.get('time_cond_proj_dim')}) and has "
-        "no path to follow; name the model it was distilled from.",
+        f"{flag} {name}: its U-Net was distilled itself (time_cond_proj_dim {unet.get('time_cond_proj_dim')}) and "
+        "knows few noise levels; name the model it was distilled from.",
     )
     names = index.get("id2label")
     names = [str(names[label]) for label in sorted(names, key=int)] if isinstance(names, dict) else None

@@ -171,6 +171,11 @@ class TextEncoder(nn.Module):
         kept = tuple(model if model.device.type == "meta" else model.cpu() for model in self.encoders)
         self._parked, self.models = kept, nn.ModuleList()
 
+    def park_again(self) -> None:
+        """After something took encoders that were put aside to a device."""
+        if self.is_parked:
+            self.park()
+
     def null(self) -> dict[str, torch.Tensor]:
         """The empty prompt, as `encode` gives it but without `is_truncated`: each [1, ...]."""
         encoded = self.encode([""])

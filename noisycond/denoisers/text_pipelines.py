@@ -26,6 +26,7 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 
 from noisycond.cards import public_name
+from noisycond.denoisers.class_pipelines import declared_class_name
 from noisycond.denoisers.conditional import ConditionalDenoiser
 from noisycond.denoisers.presets import Preset
 from noisycond.denoisers.text import (
@@ -341,8 +342,7 @@ def _index(flag: str, name: str, revision: str | None, local: bool) -> dict:
 
 
 def _family(flag: str, name: str, index: dict) -> Family:
-    class_name = index.get("_class_name")
-    class_name = class_name[-1] if isinstance(class_name, (list, tuple)) else class_name
+    class_name = declared_class_name(index)
     family = FAMILIES.get(class_name)
     known = ", ".join(f"{known.title} ({kind})" for kind, known in FAMILIES.items())
     require(family, f"{flag} {name}: a {class_name} cannot be trained here, only {known}.")
