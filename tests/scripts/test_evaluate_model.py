@@ -17,6 +17,7 @@ from noisycond.data.sources import Digits
 
 
 FAST = ["--num_inference_steps", 2, "--batch_size", 10, "--cpu_threads_per_process", 1, "--no_figures"]
+OF_CONTROLS = {"edge_f1", "edge_f1_shuffled", "mask_iou", "mask_iou_shuffled"}  # of images drawn after controls
 
 
 def write_digits(folder: Path, split: str, numbers=None) -> Path:
@@ -56,7 +57,7 @@ def test_known_answers(folders, script, tmp_path, capsys):
     for metric in ("precision", "recall", "coverage", "topp_fidelity", "topp_diversity"):
         assert itself[metric] == 1, metric
     assert copied["class_agreement"] > 0.99 and itself["class_agreement"] > 0.98
-    assert results(tmp_path / "x")[0]["skipped"].keys() == {"clip_score"}
+    assert results(tmp_path / "x")[0]["skipped"].keys() == {"clip_score", *OF_CONTROLS}
     low, high = results(tmp_path / "x")[0]["metrics"]["fid"]["interval"]
     assert low < copied["fid"] < high
 
