@@ -142,8 +142,8 @@ class Base(ABC):
         self.draws_at = native_resolution(self.pipeline)
         if self.draws_at not in (None, self.args.resolution):
             logger.warning(
-                "--resolution is %d, but %s draws images of %d pixels by itself; the control is learned, and images are "
-                "drawn here, at %d.",
+                "--resolution is %d, but %s draws images of %d pixels by itself; the control is learned, and images "
+                "are drawn, at %d.",
                 self.args.resolution,
                 self.args.pretrained_model_name_or_path,
                 self.draws_at,
@@ -278,7 +278,10 @@ class ClassBase(Base):
             known = {name: value for name, value in source.unet.items() if not name.startswith("_")}
             self.unet = UNet2DConditionModel(**known)
         self.embedder, self.pipeline = None, None
-        self._num_classes = len(source.class_names or dry_run.class_names_of(args, self.data))
+        names = source.class_names or dry_run.class_names_of(args, self.data)
+        if self.data is not None and source.class_names is not None:
+            self._match(source.class_names, self.data.source.class_names, len(names))
+        self._num_classes = len(names)
         return self
 
     @classmethod

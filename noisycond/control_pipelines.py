@@ -138,18 +138,17 @@ def open_control_pipeline(name: str, base: str | None = None) -> DiffusionPipeli
     flag = f"--base_pipeline {base}" if base else f"--pipeline {name}: its base {known}"
     try:
         pipeline = open_base(known, None if base else facts.revision)
-        if facts.first_stage is not None:
-            other = open_first_stage(_place(name, "first_stage", facts.first_stage), flag=f"--pipeline {name}: its")
-            pipeline.register_modules(**{first_stage_slot(pipeline): other.model})
-    except InputError:
-        raise
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         hint = "" if base else "; say where it is with --base_pipeline"
         raise InputError(f"{flag}: cannot be opened ({in_one_line(error)}){hint}.") from error
+    if facts.first_stage is not None:
+        place = _place(name, "first_stage", facts.first_stage)
+        other = open_first_stage(place, flag=f"--pipeline {name}: its first stage")
+        pipeline.register_modules(**{first_stage_slot(pipeline): other.model})
     require(
         base is not None or facts.base_weights in (None, state_hash(pipeline.unet)),
-        f"{flag} has other weights than it was trained on; train it anew, or name the base with --base_pipeline, which "
-        "is taken as it is.",
+        f"{flag} has other weights than it was trained on; train it anew, or name the base with --base_pipeline, "
+        "which is taken as it is.",
     )
     if facts.resolution is not None:
         draw_at(pipeline, facts.resolution)

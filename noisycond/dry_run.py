@@ -6,6 +6,7 @@ The model is built on the meta device, so that no weight is allocated. Sizes are
 
 import math
 import os
+from pathlib import Path
 
 from torch import nn
 
@@ -66,8 +67,11 @@ def _half_precision(args: LoopArguments) -> bool:
 
 
 def open_what_is_here(args: DataArguments) -> TrainingData | None:
-    """The training data where opening it downloads and writes nothing: digits, or a folder of images."""
-    if (args.dataset_name == "digits" or args.train_data_dir is not None) and not getattr(args, "streaming", False):
+    """The training data where opening it downloads and writes nothing: digits, a folder of images, or one that
+    `datasets` wrote (`save_to_disk`), as prepare_dataset.py does."""
+    is_written = args.dataset_name is not None and (Path(args.dataset_name) / "dataset_info.json").is_file()
+    is_here = args.dataset_name == "digits" or args.train_data_dir is not None or is_written
+    if is_here and not getattr(args, "streaming", False):
         return open_training_data(args, keep_index=False)
     return None
 

@@ -18,9 +18,10 @@ from safetensors.torch import load_file
 from tiny_models import tiny_vq
 
 from noisycond import personalization, pictures
+from noisycond.control_check import ControlCheck
 from noisycond.control_pipelines import adapter_facts, open_control_pipeline
 from noisycond.data.sources import Digits
-from noisycond.first_stage import FirstStage
+from noisycond.first_stage import FirstStage, state_hash
 from noisycond.noise_schedule import make_betas
 from noisycond.objective import DiffusionObjective
 from noisycond.sampling import sample_all
@@ -153,7 +154,8 @@ def test_leaves_the_adapter_alone_and_the_base_as_it_was(
 
     column = others.get("control_column", "canny")
     facts = adapter_facts(str(run))
-    assert (facts.base, facts.control_column, facts.annotator) == (str(bases[base]), column, column)
+    assert (facts.base, facts.control_column, facts.annotator) == (bases[base].name, column, column)
+    assert facts.resolution == SIZE and facts.base_weights == state_hash(opened[-1].unet)
     assert facts.kind == ("t2i_adapter" if kind == "LDMAdapter" else "controlnet")
     assert facts.condition == ("class labels" if base == "class" else "captions")
     assert facts.class_names == (NAMES if base == "class" else None)
@@ -365,7 +367,7 @@ def check(accelerator):
         first_stage=SimpleNamespace(latents_of=lambda batch, keys: torch.zeros(len(keys), 3, 8, 8)),
         true_conditions=lambda batch: {"class_labels": batch["class_labels"]},
     )
-    return personalization.ControlCheck(base, SimpleNamespace(noise=noise, loss=loss), batches(), accelerator)
+    return ControlCheck(base, SimpleNamespace(noise=noise, loss=loss), batches(), accelerator)
 
 
 def test_a_control_that_is_heeded_is_no_cause_to_warn(check, caplog):
@@ -382,7 +384,7 @@ def test_a_control_that_is_ignored_is_named_after_some_patience(check, caplog):
         for step, heeds in enumerate([0, 5.0, 0, 0, 0, 5.0, 0], 1):
             assert (check(Stub(check, heeds), step)["control_gain"] == 0) == (heeds == 0)
             warned.append(len(caplog.records))
-    assert warned == [0, 0, 0, 1, 2, 2, 2]
+    assert warned == [0, 0, 0, 1, 1, 1, 1]  # once: it may last thousands of steps
     assert "At step 4 the control is ignored" in caplog.records[0].getMessage()
 
 
@@ -397,10 +399,11 @@ def test_a_fresh_controlnet_gains_nothing_and_the_run_says_so(script, flags, tmp
     found = rows(tmp_path / "run", "evaluation")
     assert [row["step"] for row in found] == [1, 2, 3, 4]
     assert max(abs(row["control_gain"]) for row in found) < 1e-6
-    assert sum("the control is ignored" in record.getMessage() for record in caplog.records) == 3
+    assert sum("the control is ignored" in record.getMessage() for record in caplog.records) == 1
 
 
-def test_no_check_where_none_was_asked_for(script, flags, tmp_path):
+def test_no_check_where_none_was_asked_for(script, flags, tmp_path, monkeypatch):
+    monkeypatch.setattr(ControlCheck, "__init__", None)  # not even made
     script(CONTROLNET, *flags(control_check_steps=0, max_train_steps=1))
     assert not (tmp_path / "run/evaluation.jsonl").exists()
 
@@ -470,6 +473,7 @@ def with_control(tmp_path, image: Image.Image) -> Path:
         ("class", {"rank": 8}, ["--rank has no effect without --adapter lora"]),
         ("class", {"adapter": "lora", "lora_target_modules": "nowhere"}, ["--lora_target_modules", "nowhere"]),
         ("class", {"revision": "main"}, ["--revision has no effect on a folder"]),
+        ("nowhere", {"base_class_names": "NAMES"}, ["--pretrained_model_name_or_path nowhere"]),
         ("class", {"caption_column": "text"}, ["--caption_column has no effect", "takes class labels"]),
         ("ldm", {"label_smoothing": 0.1}, ["--label_smoothing"]),
         ("ldm", {"class_groups": "groups.txt"}, ["--class_groups has no effect", "takes captions"]),
@@ -490,8 +494,10 @@ def test_what_cannot_be_is_said_in_a_sentence(refused, flags, prepared, tmp_path
         others = others | {"base_class_names": tmp_path / "names.txt"}
     if others.get("dataset_name") == "MISSING":
         others = others | {"dataset_name": prepared, "control_column": "sam"}
-    said = refused(CONTROLNET, *flags(base, **others))
-    assert all(word in said for word in words), said
+    rehearsed = [[]] if "dataset_name" not in others or others["dataset_name"] is None else [[], ["--dry_run"]]
+    for more in rehearsed:  # a folder that `datasets` wrote is looked at in a rehearsal too
+        said = refused(CONTROLNET, *flags(base, **others), *more)
+        assert all(word in said for word in words), said
     assert not (tmp_path / "run").exists()
 
 

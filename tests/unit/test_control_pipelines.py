@@ -1,17 +1,20 @@
 """From a base's index to its flags and labels, and from an adapter folder to a pipeline again."""
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from controlled import class_base, moved, noise_image
-from diffusers import ControlNetModel, StableDiffusionControlNetPipeline, T2IAdapter
+from diffusers import ControlNetModel, StableDiffusionControlNetPipeline, T2IAdapter, VQModel
 from text_pipelines import make, unet
 from tiny_models import tiny_unet
 
 from noisycond.condition_kinds import CAPTIONS, LABELS, kind_of_pipeline, require_kind
 from noisycond.control_pipelines import (
     FACTS,
+    LOCAL,
     MODULES,
     AdapterFacts,
     adapter_facts,
@@ -19,6 +22,7 @@ from noisycond.control_pipelines import (
     control_class,
     is_adapter,
     loading_code,
+    local_places,
     open_base,
     open_control_pipeline,
     save_adapter,
@@ -26,6 +30,9 @@ from noisycond.control_pipelines import (
 from noisycond.denoisers.class_pipelines import match_classes
 from noisycond.denoisers.control import make_adapter, make_controlnet
 from noisycond.errors import InputError
+from noisycond.first_stage import state_hash
+from noisycond.hub import published
+from noisycond.sampling import image_size
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -128,9 +135,8 @@ def save(opened_as: str, folder, condition: str, kind: str = "controlnet", **fac
     pipeline = assemble(opened, moved(adapter).eval())
     facts = {"revision": None, "control_column": "canny", "annotator": "canny", "class_names": None} | facts
     folder.mkdir(exist_ok=True)
-    save_adapter(
-        adapter, pipeline, AdapterFacts(**{"base": opened_as} | facts, condition=condition, kind=kind), folder
-    )
+    known = AdapterFacts(**{"base": Path(opened_as).name} | facts, condition=condition, kind=kind)
+    save_adapter(adapter, pipeline, known, local_places(base=facts.get("base", opened_as), first_stage=None), folder)
     return pipeline
 
 
@@ -152,7 +158,40 @@ def test_a_folder_becomes_its_pipeline_again(bases, tmp_path, base, kind):
     assert type(again) is type(pipeline) and torch.equal(draw(again, condition), draw(pipeline, condition))
     files = {path.name for path in (tmp_path / "adapter").iterdir()}
     own_code = {"pipeline.py"} if base != "sd" else set()
-    assert files == {"config.json", "diffusion_pytorch_model.safetensors", FACTS} | own_code
+    assert files == {"config.json", "diffusion_pytorch_model.safetensors", FACTS, LOCAL} | own_code
+    # A path of this machine stands in the one file that no push takes along.
+    (tmp_path / "adapter" / "README.md").write_text("card")
+    pushed = {
+        path.name for pattern in published(tmp_path / "adapter") for path in (tmp_path / "adapter").glob(pattern)
+    }
+    assert pushed == files - {LOCAL} | {"README.md"}
+    assert (
+        str(tmp_path) not in (tmp_path / "adapter" / FACTS).read_text()
+        and bases[base] in (tmp_path / "adapter" / LOCAL).read_text()
+    )
+
+
+def test_what_the_base_was_is_kept(bases, tmp_path, monkeypatch):
+    """The resolution, the first stage and the base's weights, wherever the reader stands."""
+    kept = tmp_path / "base"
+    shutil.copytree(bases["class"], kept)
+    base = open_base(str(kept))
+    other = VQModel(**{name: value for name, value in base.vqvae.config.items() if name[0] != "_"})
+    other.save_pretrained(tmp_path / "vq")
+    folder = tmp_path / "adapter"
+    facts = {"base_weights": state_hash(base.unet), "resolution": 32, "first_stage": "vq"}
+    save(str(kept), folder, LABELS, **facts)
+    places = local_places(base=str(kept), first_stage=str(tmp_path / "vq"))
+    (folder / LOCAL).write_text(json.dumps(places))
+    monkeypatch.chdir(tmp_path / "vq")
+    opened = open_control_pipeline(str(folder))
+    assert image_size(opened) == 32 != image_size(base)
+    weights = zip(opened.vqvae.parameters(), other.parameters(), strict=True)
+    assert all(torch.equal(one, another) for one, another in weights)
+    class_base(kept, seed=9)
+    with pytest.raises(InputError, match="has other weights than it was trained on.*--base_pipeline"):
+        open_control_pipeline(str(folder))
+    assert image_size(open_control_pipeline(str(folder), str(kept))) == 32
 
 
 def test_the_parts_of_the_base_are_shared(bases):
@@ -211,6 +250,10 @@ def test_damaged_weights_are_said_in_a_sentence(bases, tmp_path):
     with pytest.raises(InputError, match="its adapter cannot be opened"):
         open_control_pipeline(str(folder))
     config = json.loads((folder / "config.json").read_text())
+    for damaged in ([], config | {"norm_num_groups": 0}):  # diffusers answers by an AttributeError, a division by zero
+        (folder / "config.json").write_text(json.dumps(damaged))
+        with pytest.raises(InputError, match="its adapter cannot be opened"):
+            open_control_pipeline(str(folder))
     (folder / "config.json").write_text(json.dumps(config | {"_class_name": "UNet2DConditionModel"}))
     with pytest.raises(InputError, match="it holds a UNet2DConditionModel, none of ControlNetModel"):
         open_control_pipeline(str(folder))
