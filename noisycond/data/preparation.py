@@ -170,6 +170,14 @@ def _lock(making: Path, where: str, held: ExitStack) -> None:
         logger.debug("No lock %s: %s", lock.lock_file, error)
 
 
+def settings_of(folder: Path) -> dict:
+    """The flags that a dataset was prepared with; none of a folder that was not prepared here."""
+    try:
+        return dict(json.loads((folder / SETTINGS).read_text(encoding="utf-8"))["arguments"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
 def _compare(place: Path, settings: dict) -> None:
     try:
         earlier = json.loads((place / SETTINGS).read_text(encoding="utf-8"))

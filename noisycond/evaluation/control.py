@@ -4,14 +4,15 @@ Letters: N images, H × W the size of a control image, t the tolerance in pixels
 """
 
 import functools
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from PIL import Image
 from tqdm import tqdm
 
+from noisycond.data.annotation import Annotate
 from noisycond.data.controls import canny_edges, threshold_mask
 from noisycond.errors import require
 from noisycond.evaluation.estimates import Estimate
@@ -20,22 +21,23 @@ from noisycond.evaluation.estimates import Estimate
 WHITE = 127  # a pixel of edges or of a mask is set above this grey value; a resized one has others than 0 and 255
 KEPT = 256  # control images in memory
 ANNOTATED = 16  # drawn images that are segmented at a time
-# Images and their numbers to their segmentations, as [`noisycond.data.annotation.Segmenter`] makes them.
-Annotate = Callable[[Sequence[Image.Image], Sequence[int]], list[Image.Image]]
 
 
 @dataclass(frozen=True)
-class Controls:
+class DrawnAfter:
     """The control images that a set of images was drawn after.
 
     Attributes:
         places [N]: which control each image has. read: a place to its control image, RGB.
         annotator: what made them (`canny`, `mask`, `sam`); None where that is not known.
+        made_with: the flags and values that they were made with, as far as known; see
+            [`noisycond.control_set.ControlSet`].
     """
 
     places: Sequence[int]
     read: Callable[[int], Image.Image]
     annotator: str | None
+    made_with: Mapping[str, object] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -44,10 +46,11 @@ class Obedience:
 
     Attributes:
         controls: of the images. drawn: an image's number to the image, RGB.
-        annotate: makes segmentations, for controls that are such; None where there is no segmenter.
+        annotate: makes segmentations, for controls that are such, as [`noisycond.data.annotation.Segmenter`] does;
+            None where there is no segmenter.
     """
 
-    controls: Controls
+    controls: DrawnAfter
     drawn: Callable[[int], Image.Image]
     annotate: Annotate | None = None
 
@@ -121,7 +124,7 @@ def covering(control: np.ndarray, drawn: np.ndarray) -> float:
     return float(covered / counted)
 
 
-def others(controls: Controls) -> dict[int, int]:
+def others(controls: DrawnAfter) -> dict[int, int]:
     """For each control that is in use the next one, in a circle, with other pixels: what a control that has nothing to
     do with an image is compared by.
 
@@ -131,13 +134,13 @@ def others(controls: Controls) -> dict[int, int]:
     places, read = sorted(set(controls.places)), functools.lru_cache(KEPT)(_array_of(controls))
     found = {}
     for position, place in enumerate(places):
-        circle = places[position + 1 :] + places[:position]
+        circle = (places[(position + step) % len(places)] for step in range(1, len(places)))
         found[place] = next((other for other in circle if not np.array_equal(read(place), read(other))), None)
         require(found[place] is not None, "at least two different control images are needed, but all are alike.")
     return found
 
 
-def _array_of(controls: Controls) -> Callable[[int], np.ndarray]:
+def _array_of(controls: DrawnAfter) -> Callable[[int], np.ndarray]:
     return lambda place: np.asarray(controls.read(place))
 
 

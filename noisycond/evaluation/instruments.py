@@ -34,11 +34,14 @@ class Instruments:
     segmenter: Segmenter | None = None
 
     @classmethod
-    def open(cls, options: MetricArguments, embedded: bool, device: torch.device) -> "Instruments":
+    def open(
+        cls, options: MetricArguments, embedded: bool, device: torch.device, segments: bool = True
+    ) -> "Instruments":
         """Opens what the options name.
 
         Args:
-            embedded: whether the images are digits, whose extractor, classifier and similarity ship.
+            embedded: whether the images are digits, whose extractor, classifier and similarity ship. segments:
+                whether there are controls that only a segmenter can be compared with.
 
         Raises:
             InputError: weights are missing, or a name is unknown.
@@ -50,12 +53,13 @@ class Instruments:
         classifier_name = options.classifier or ("digits" if ships else None)
         similarity_name = options.lpips_similarity or ("lpips-digits" if ships else None)
         asked = "lpips" in families and similarity_name is not None
+        segments = segments and "control_masks" in families and options.sam_model is not None
         return cls(
             extractor,
             open_classifier(classifier_name, device) if "class_agreement" in families and classifier_name else None,
             ClipScore(options.clip_model, device=device) if "clip_score" in options.metrics else None,
             open_similarity(similarity_name, device) if asked else None,
-            Segmenter(options.annotation, device) if "control_masks" in families and options.sam_model else None,
+            Segmenter(options.annotation, device) if segments else None,
         )
 
     @property

@@ -12,7 +12,7 @@ from noisycond.data.controls import canny_edges, threshold_mask
 from noisycond.data.sources import Digits
 from noisycond.errors import InputError
 from noisycond.evaluation.control import (
-    Controls,
+    DrawnAfter,
     Obedience,
     boundary_f1,
     covering,
@@ -92,8 +92,8 @@ def test_regions_are_colours():
     assert regions(image).tolist() == [[0, 0xFF0000, 0xFF, 0xFF0000]]
 
 
-def controls_of(images, annotator, places=None) -> Controls:
-    return Controls(list(range(len(images))) if places is None else places, images.__getitem__, annotator)
+def controls_of(images, annotator, places=None) -> DrawnAfter:
+    return DrawnAfter(list(range(len(images))) if places is None else places, images.__getitem__, annotator)
 
 
 def test_the_other_control_is_the_next_that_differs():
@@ -102,6 +102,17 @@ def test_the_other_control_is_the_next_that_differs():
     assert others(controls_of(images, "canny", [4, 0, 4, 1])) == {0: 4, 1: 4, 4: 0}
     with pytest.raises(InputError, match="at least two different control images are needed"):
         others(controls_of(images, "canny", [0, 1, 0]))
+
+
+def test_images_are_annotated_as_their_controls_were(caplog):
+    options = MetricArguments(sam_model="x", canny_low=90)
+    options.annotate_as([{"canny_low": 50, "canny_high": 95, "sam_points_per_side": 8}, {}])
+    assert (options.canny_low, options.canny_high, options.sam_points_per_side) == (90, 95, 8)
+    assert "--canny_low is 90, but the controls were made with 50" in caplog.text and "canny_high" not in caplog.text
+    with pytest.raises(InputError, match=r"--canny_low: the controls were made with different values \(50, 60\)"):
+        MetricArguments().annotate_as([{"canny_low": 50}, {"canny_low": 60}])
+    with pytest.raises(InputError, match="--canny_low is 300 and --canny_high 95"):
+        MetricArguments(canny_low=300, canny_high=400).annotate_as([{"canny_high": 95}])
 
 
 @pytest.fixture(scope="module")
