@@ -198,12 +198,19 @@ def _compared(
     for first in tqdm(starts, desc=name, unit="batch", delay=2, leave=False, disable=not progress):
         places = controls.places[first : first + ANNOTATED]
         numbers = range(first, first + len(places))
-        sizes = [read(place).size for place in places]
-        drawn = [_sized(obedience.drawn(number), size) for number, size in zip(numbers, sizes, strict=True)]
+        drawn = [
+            _sized(obedience.drawn(number), read(place).size) for number, place in zip(numbers, places, strict=True)
+        ]
         for place, found in zip(places, of_drawn(drawn, numbers), strict=True):
             scores[name].append(score(of_control(read(place)), found))
             scores[f"{name}_shuffled"].append(score(of_control(read(other[place])), found))
     return {key: Estimate.mean(torch.tensor(values, dtype=torch.float64)) for key, values in scores.items()}
+
+
+def drawn_at_the_size_of_its_control(obedience: Obedience, number: int) -> Image.Image:
+    """A drawn image as the metrics look at it."""
+    controls = obedience.controls
+    return _sized(obedience.drawn(number), controls.read(controls.places[number]).size)
 
 
 def _sized(image: Image.Image, size: tuple[int, int]) -> Image.Image:

@@ -20,6 +20,7 @@ from noisycond.evaluation.extractors import Extractor, open_extractor, open_simi
 from noisycond.evaluation.features import Features
 from noisycond.evaluation.images import Resize, read_image
 from noisycond.evaluation.options import MetricArguments
+from noisycond.evaluation.segments import segment
 from noisycond.evaluation.suite import Evidence, families_of, match_labels, of_controls
 
 
@@ -127,7 +128,8 @@ class Extraction:
     Attributes:
         resize: of real images. Generated ones are resized only where --resolution asks for it: else they have this
             size, or are refused.
-        device: where distances are computed. folder: where features are kept; None keeps them in memory.
+        device: where distances are computed. folder: where features are kept, beside a folder of segmentations; None
+            keeps them in memory.
         accelerator: the processes that share the work; needed with a folder.
         batch_size: images per pass. workers: processes that read images; 0 reads in this one.
     """
@@ -190,10 +192,18 @@ class Extraction:
             size = size_of(option, source, self.resize)
             evidence.pixels = lambda numbers: next(read_batches(option, source, self.resize, size, [numbers]))[1]
         if source.controls is not None:
-            evidence.obedience = Obedience(
-                source.controls, lambda number: read_image(option, source, number, Resize()), instruments.segmenter
-            )
+            evidence.obedience = self._obedience(option, source)
         return evidence
+
+    def _obedience(self, option: str, source: ImageSource) -> Obedience:
+        """With segmentations of the images where the metrics want them."""
+        segmenter = self.instruments.segmenter
+        seen = Obedience(source.controls, lambda number: read_image(option, source, number, Resize()), segmenter)
+        if segmenter is None or self.folder is None or source.controls.annotator != "sam":
+            return seen
+        settings = {"segmenter": segmenter.fingerprint, **segmenter.options}
+        folder = self.folder.with_name("segments")
+        return replace(seen, annotate=segment(source, seen, segmenter, settings, folder, self.accelerator))
 
     def _clip_scores(
         self, option: str, source: ImageSource, clip: ClipScore, labels: torch.Tensor | None

@@ -1,5 +1,7 @@
 """Agreement with control images: known answers by hand, SciPy's distances, and controls of other images."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -111,8 +113,8 @@ def test_images_are_annotated_as_their_controls_were(caplog):
     assert "--canny_low is 90, but the controls were made with 50" in caplog.text and "canny_high" not in caplog.text
     with pytest.raises(InputError, match=r"--canny_low: the controls were made with different values \(50, 60\)"):
         MetricArguments().annotate_as([{"canny_low": 50}, {"canny_low": 60}])
-    with pytest.raises(InputError, match="--canny_low is 300 and --canny_high 95"):
-        MetricArguments(canny_low=300, canny_high=400).annotate_as([{"canny_high": 95}])
+    with pytest.raises(InputError, match="--canny_low is 150 and --canny_high 95"):
+        MetricArguments(canny_low=150).annotate_as([{"canny_high": 95}])
 
 
 @pytest.fixture(scope="module")
@@ -161,7 +163,7 @@ def test_masks_and_segmentations(digits):
     assert covered["mask_iou_shuffled"].value == pytest.approx(found["mask_iou_shuffled"].value)
 
 
-def test_images_are_segmented_as_the_controls_were(digits, tmp_path):
+def test_images_are_segmented_as_the_controls_were(digits, tmp_path, accelerator, monkeypatch):
     every_mask = {"sam_points_per_side": 2, "sam_pred_iou_thresh": 0.0, "sam_stability_score_thresh": 0.0}
     options = MetricArguments(metrics=["mask_iou"], sam_model=tiny_sam(tmp_path / "sam"), **every_mask)
     controls = Segmenter(options.annotation)(digits[:4], range(4))
@@ -170,6 +172,21 @@ def test_images_are_segmented_as_the_controls_were(digits, tmp_path):
     source = DrawnImages(digits[:4], None, None, controls=controls_of(controls, "sam"))
     found = compute(extraction.evidence("--images", source), options, "control_masks")
     assert found["mask_iou"].value == 1 > found["mask_iou_shuffled"].value
+
+    def kept() -> dict[str, int]:
+        return {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("segments/*/*.png")}
+
+    # With a folder they are made before the metrics are computed, and only once.
+    extraction = replace(extraction, folder=tmp_path / "features", accelerator=accelerator)
+    seen = extraction.evidence("--images", source)
+    made = kept()
+    assert sorted(made) == [f"{number:06d}.png" for number in range(4)]
+    next(tmp_path.glob("segments/*/000002.png")).unlink()
+    seen = extraction.evidence("--images", source)
+    assert {name for name, when in kept().items() if made[name] != when} == {"000002.png"}
+    monkeypatch.setattr(Segmenter, "__call__", None)
+    again = compute(seen, options, "control_masks")
+    assert all(again[name].value == found[name].value for name in found)
     with pytest.raises(InputError, match="--sam_points_per_side has no effect without --sam_model"):
         MetricArguments(sam_points_per_side=2)
     with pytest.raises(InputError, match="--sam_pred_iou_thresh is 2.0"):
