@@ -204,8 +204,10 @@ def main(argv: list[str] | None = None) -> None:
     real = open_real("--reference", args.reference, args.reference_split)
     train = open_real("--train_data", args.train_data, "train")
     refuse_flags_without_effect(args, real, annotators)
-    args.annotate_as([given.made_with for given in controlled])
+    made_with = [given.made_with for given in controlled]
+    args.annotate_as(made_with)
     instruments = Instruments.open(args, args.reference == "digits", accelerator.device, "sam" in annotators)
+    instruments.check_segmenter(made_with)
     for given in (real, train):
         if given is not None:
             size = {} if args.resolution is None else {"resolution": args.resolution}

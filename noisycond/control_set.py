@@ -43,8 +43,8 @@ class ControlSet:
         scale: what the pipeline multiplies by what it reads from them.
         captions: M texts, of text-to-image pipelines; None of class-conditional ones. caption_column: where the user
             said that they stand; None where nobody did.
-        made_with: the flags of prepare_dataset.py and their values that decide the control images, where the examples
-            tell them.
+        made_with: what decides the control images, where the examples tell it: flags of prepare_dataset.py and their
+            values, and a hash of its SAM model; see [`noisycond.data.annotation.annotated_with`].
     """
 
     option: str
@@ -235,7 +235,7 @@ def open_controls(option: str, name: str, split: str | None = None, scale: float
         )
         raise InputError(sentence.removesuffix(".") + (f"; name a split with {hint}." if hint else ".")) from error
     require(len(source), f"{option} {name}: it holds no example.")
-    made_with = annotated_with(settings_of(path))
+    made_with = annotated_with(**settings_of(path))
     split = None if is_one else split or "validation"
     return ControlSet(option, name, split, source, scale=scale, made_with=made_with)
 

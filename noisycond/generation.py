@@ -315,7 +315,7 @@ def draw_images(opened: OpenPipeline, settings: ImageSettings, folder: Path, acc
                 **_controlled(opened, folder, [told[number] for number in chunks[i]]),
             )
             for number, image in zip(chunks[i], images, strict=True):
-                _save_image(image, folder / _file_name(settings, number), opened)
+                save_image(image, folder / _file_name(settings, number), _where(opened, folder))
 
     def list_them() -> None:
         rows = (
@@ -346,7 +346,8 @@ def _save_controls(opened: OpenPipeline, settings: ImageSettings, folder: Path, 
     def save() -> None:
         silent = not accelerator.is_main_process or not mine
         for place in tqdm(mine, desc="control images", unit="image", delay=1, disable=silent):
-            _save_image(opened.controls.control(place, side), folder / _control_file(place), opened)
+            path = folder / _control_file(place)
+            save_image(opened.controls.control(place, side), path, _where(opened, path.parent))
 
     on_all(accelerator, save)
 
@@ -447,11 +448,15 @@ def _file_name(settings: ImageSettings, number: int) -> str:
     return f"{number:06d}.{settings.image_format}"
 
 
-def _save_image(image: Image.Image, path: Path, opened: OpenPipeline) -> None:
-    # Beside the name and renamed, so that a file with the name is whole.
+def save_image(image: Image.Image, path: Path, where: str) -> None:
+    """Writes an image beside its name and renames it, so that a file with the name is whole.
+
+    Args:
+        where: what a message about a full disk begins with.
+    """
     beside = path.with_name(f".{path.name}.part")
     try:
-        with writing(_where(opened, path.parent), f"{path.name} (run the same command again to go on)"):
+        with writing(where, f"{path.name} (run the same command again to go on)"):
             image.save(beside, format={"jpg": "JPEG"}.get(path.suffix[1:], path.suffix[1:].upper()))
             beside.replace(path)
     finally:

@@ -30,6 +30,7 @@ Annotate = Callable[[Sequence[Image.Image], Sequence[int]], list[Image.Image] | 
 # Flags that decide the edges and the regions.
 CANNY_CHOICES = ("canny_low", "canny_high")
 SAM_CHOICES = ("sam_points_per_side", "sam_pred_iou_thresh", "sam_stability_score_thresh")
+SAM_FACT = "SAM model"  # a hash of its weights and image processor
 HOLE = "{}"  # where a template has the name of the class
 TEMPLATE = f"a photo of a {HOLE}"
 WORDNET_ID = re.compile(r"n\d{8}")
@@ -148,12 +149,13 @@ def described(args: AnnotationArguments) -> dict[str, str]:
     return {column: told[column] for column in ANNOTATIONS if column in args.annotations}
 
 
-def annotated_with(arguments: Mapping[str, object]) -> dict[str, object]:
-    """Of the flags of a preparation, those that decide what is seen in its control images."""
+def annotated_with(arguments: Mapping[str, object], facts: Mapping[str, object]) -> dict[str, object]:
+    """Of the flags and facts of a preparation those that decide what is seen in its control images."""
     asked = arguments.get("annotations")
-    of_column = {"canny": CANNY_CHOICES, "sam": ("sam_model", *SAM_CHOICES)}
+    of_column = {"canny": CANNY_CHOICES, "sam": (SAM_FACT, *SAM_CHOICES)}
     names = [name for column, own in of_column.items() if isinstance(asked, list) and column in asked for name in own]
-    return {name: arguments[name] for name in names if name in arguments}
+    known = {**arguments, **facts}
+    return {name: known[name] for name in names if name in known}
 
 
 @dataclass
@@ -189,7 +191,7 @@ def _open(column: str, args: AnnotationArguments, source: ImageSource, device, f
         return lambda images, indices: [threshold_mask(image) for image in images]
     if column == "sam":
         segmenter = Segmenter(args, device)
-        facts["SAM model"] = segmenter.fingerprint
+        facts[SAM_FACT] = segmenter.fingerprint
         return segmenter
     if args.caption_model is not None:
         captioner = Captioner(args, device)

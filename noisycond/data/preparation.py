@@ -171,11 +171,12 @@ def _lock(making: Path, where: str, held: ExitStack) -> None:
 
 
 def settings_of(folder: Path) -> dict:
-    """The flags that a dataset was prepared with; none of a folder that was not prepared here."""
+    """`arguments` and `facts` that a dataset was prepared with; empty of a folder that was not prepared here."""
     try:
-        return dict(json.loads((folder / SETTINGS).read_text(encoding="utf-8"))["arguments"])
+        settings = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
+        return {name: dict(settings[name]) for name in ("arguments", "facts")}
     except (OSError, ValueError, KeyError, TypeError):
-        return {}
+        return {"arguments": {}, "facts": {}}
 
 
 def _compare(place: Path, settings: dict) -> None:

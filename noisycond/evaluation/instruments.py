@@ -2,14 +2,15 @@
 once, before any image is drawn, so that missing weights are known first.
 """
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 
-from noisycond.data.annotation import Segmenter
+from noisycond.data.annotation import SAM_FACT, Segmenter
 from noisycond.data.sources import ImageSource
 from noisycond.errors import require
 from noisycond.evaluation.agreement import ClipScore, prompts_for
@@ -22,6 +23,9 @@ from noisycond.evaluation.images import Resize, read_image
 from noisycond.evaluation.options import MetricArguments
 from noisycond.evaluation.segments import segment
 from noisycond.evaluation.suite import Evidence, families_of, match_labels, of_controls
+
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -62,6 +66,18 @@ class Instruments:
             open_similarity(similarity_name, device) if asked else None,
             Segmenter(options.annotation, device) if segments else None,
         )
+
+    def check_segmenter(self, made_with: Sequence[Mapping[str, object]]) -> None:
+        """Warns where controls were segmented by another model.
+
+        Args:
+            made_with: of each set of controls; see [`noisycond.control_set.ControlSet`].
+        """
+        own = None if self.segmenter is None else self.segmenter.fingerprint
+        if own is not None and any(made.get(SAM_FACT, own) != own for made in made_with):
+            logger.warning(
+                "--sam_model is another than the controls were made with: what obeys them wholly will not score 1."
+            )
 
     @property
     def classifies_itself(self) -> bool:

@@ -17,6 +17,7 @@ from noisycond.data.annotation import Annotate
 from noisycond.data.sources import ImageSource
 from noisycond.errors import writing
 from noisycond.evaluation.control import Obedience, drawn_at_the_size_of_its_control
+from noisycond.generation import save_image
 from noisycond.processes import on_all, on_main
 from noisycond.run_folder import write_atomically
 
@@ -54,7 +55,7 @@ def segment(
         silent = not accelerator.is_main_process or not mine
         for number in tqdm(mine, desc="segmenting", unit="image", delay=1, disable=silent):
             (found,) = annotate([drawn_at_the_size_of_its_control(seen, number)], [number])
-            _save(found, _file(folder, number))
+            save_image(found, _file(folder, number), f"--output_dir {folder}")
 
     on_all(accelerator, work)
 
@@ -71,14 +72,3 @@ def _file(folder: Path, number: int) -> Path:
 def _read(path: Path) -> Image.Image:
     with Image.open(path) as image:
         return image.convert("RGB")
-
-
-def _save(image: Image.Image, path: Path) -> None:
-    # Beside the name and renamed, so that a file with the name is whole.
-    beside = path.with_name(f".{path.name}.part")
-    try:
-        with writing(f"--output_dir {path.parent}", f"{path.name} (run the same command again to go on)"):
-            image.save(beside, format="PNG")
-            beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)

@@ -229,7 +229,8 @@ def test_examples_of_a_dataset_give_their_classes_by_name_and_their_captions(tmp
     folder = dataset(tmp_path / "x", label=[0, 1, 1, 0, 0, 1], caption=list("abcdef"))
     made_with = {"canny_low": 50, "canny_high": 90}
     arguments = made_with | {"annotations": ["canny"], "sam_points_per_side": 32, "seed": 0}
-    (folder / "preparation.json").write_text(json.dumps({"arguments": arguments}))
+    prepared = {"arguments": arguments, "facts": {"SAM model": "ab"}}
+    (folder / "preparation.json").write_text(json.dumps(prepared))
     controls = open_controls("--controls", str(folder)).of_column("canny")
     assert controls.made_with == controls.settings()["made_with"] == made_with
     assert len(controls) == 6 and controls.split is None and controls.prompts is None

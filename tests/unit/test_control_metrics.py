@@ -13,6 +13,7 @@ from noisycond.data.annotation import Segmenter
 from noisycond.data.controls import canny_edges, threshold_mask
 from noisycond.data.sources import Digits
 from noisycond.errors import InputError
+from noisycond.evaluation import gallery
 from noisycond.evaluation.control import (
     DrawnAfter,
     Obedience,
@@ -25,6 +26,7 @@ from noisycond.evaluation.control import (
     others,
     regions,
 )
+from noisycond.evaluation.drawing import ImageSet
 from noisycond.evaluation.images import Resize
 from noisycond.evaluation.in_training import DrawnImages
 from noisycond.evaluation.instruments import Extraction, Instruments
@@ -72,6 +74,15 @@ def test_images_without_an_edge():
 def test_nearness_is_the_euclidean_distance(tolerance):
     pixels = np.random.default_rng(0).random((40, 50)) < 0.02
     assert np.array_equal(near(pixels, tolerance), distance_transform_edt(~pixels) <= tolerance)
+
+
+def test_the_rows_of_a_picture_are_spread_over_the_controls(monkeypatch, tmp_path):
+    images = [Image.new("RGB", (8, 8), (20 * number,) * 3) for number in range(12)]
+    source, shown = DrawnImages(images, None, None, controls=controls_of(images, "canny")), []
+    grid = images[0]
+    monkeypatch.setattr(gallery, "control_grid", lambda controls, *others: shown.extend(controls) or grid)
+    gallery.draw_controlled(None, ImageSet("x", "x", "--images", source), tmp_path / "x.png")
+    assert shown == [images[row] for row in (0, 1, 2, 3, 4, 6, 7, 8, 9, 10)]
 
 
 def test_overlap_of_masks_by_hand():
@@ -163,12 +174,16 @@ def test_masks_and_segmentations(digits):
     assert covered["mask_iou_shuffled"].value == pytest.approx(found["mask_iou_shuffled"].value)
 
 
-def test_images_are_segmented_as_the_controls_were(digits, tmp_path, accelerator, monkeypatch):
+def test_images_are_segmented_as_the_controls_were(digits, tmp_path, accelerator, monkeypatch, caplog):
     every_mask = {"sam_points_per_side": 2, "sam_pred_iou_thresh": 0.0, "sam_stability_score_thresh": 0.0}
     options = MetricArguments(metrics=["mask_iou"], sam_model=tiny_sam(tmp_path / "sam"), **every_mask)
     controls = Segmenter(options.annotation)(digits[:4], range(4))
     extraction = Extraction(Instruments.open(options, True, torch.device("cpu")), options, Resize(), "cpu")
     assert extraction.settings()["segmenter"] == extraction.instruments.segmenter.fingerprint
+    extraction.instruments.check_segmenter([{"SAM model": extraction.settings()["segmenter"]}, {}])
+    assert "--sam_model is another" not in caplog.text
+    extraction.instruments.check_segmenter([{"SAM model": "sha256:ab"}])
+    assert "--sam_model is another" in caplog.text
     source = DrawnImages(digits[:4], None, None, controls=controls_of(controls, "sam"))
     found = compute(extraction.evidence("--images", source), options, "control_masks")
     assert found["mask_iou"].value == 1 > found["mask_iou_shuffled"].value
