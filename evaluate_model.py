@@ -8,6 +8,7 @@ accelerate launch evaluate_model.py --pipeline runs/control --reference digits -
 """
 
 import sys
+from collections.abc import Collection
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from pathlib import Path
 try:
     from noisycond import hardware, sampling
     from noisycond.arguments import SamplingArguments, flag, parse_arguments
+    from noisycond.data.annotation import CANNY_CHOICES, SAM_CHOICES
     from noisycond.errors import one_sentence_errors, require, writing
     from noisycond.evaluation.drawing import ImageSet, Subject, draw_sets, open_sets, parse_subjects
     from noisycond.evaluation.extraction import size_of
@@ -22,7 +24,7 @@ try:
     from noisycond.evaluation.images import Resize
     from noisycond.evaluation.instruments import Extraction, Instruments, check_size
     from noisycond.evaluation.metrics import METRICS
-    from noisycond.evaluation.options import SAM_CHOICES, MetricArguments
+    from noisycond.evaluation.options import MetricArguments
     from noisycond.evaluation.references import RealImages, open_real
     from noisycond.evaluation.report import check_report_folder, plot_metrics, write_report
     from noisycond.evaluation.rows import check_cards, check_classes, choices, measure, update_cards, why_not
@@ -34,11 +36,10 @@ except ModuleNotFoundError as error:
     sys.exit(f"error: {error.name} is not installed; in the checkout, run: pip install -e .")
 
 
+# The family of each, and what must have made the controls.
 CHOICES_OF_CONTROL = {
-    "edge_tolerance": "control_edges",
-    "canny_low": "control_edges",
-    "canny_high": "control_edges",
-    **dict.fromkeys(("sam_model", *SAM_CHOICES), "control_masks"),
+    **dict.fromkeys(("edge_tolerance", *CANNY_CHOICES), ("control_edges", "canny")),
+    **dict.fromkeys(("sam_model", *SAM_CHOICES), ("control_masks", "sam")),
 }
 
 
@@ -109,9 +110,15 @@ class EvaluateArguments(SamplingArguments, MetricArguments):
             self.train_data = "digits"
 
 
-def refuse_flags_without_effect(args: EvaluateArguments, real: RealImages | None) -> None:
+def refuse_flags_without_effect(
+    args: EvaluateArguments, real: RealImages | None, annotators: Collection[str | None]
+) -> None:
     """Raises InputError for a flag on the command line that can do nothing here. A recipe's values are left alone:
-    they are meant for more than one use."""
+    they are meant for more than one use.
+
+    Args:
+        annotators: what made the controls that images are drawn after; none where there are no controls.
+    """
     of_pipelines = {item.name for item in fields(SamplingArguments)} - {"recipe", "cpu_threads_per_process"}
     of_pipelines |= {"guidance_scale", "seeds", "walk_class", "walk_prompt"}
     idle = {name: "without --pipeline" for name in of_pipelines if not args.pipeline}
@@ -130,9 +137,11 @@ def refuse_flags_without_effect(args: EvaluateArguments, real: RealImages | None
     for name, family in (("classifier", "class_agreement"), ("lpips_similarity", "lpips"), ("lpips_pairs", "lpips")):
         if family not in families:
             idle[name] = "with these --metrics"
-    for name, family in CHOICES_OF_CONTROL.items():
-        if family not in families or (not args.images and args.controls is None):
-            idle[name] = "with these --metrics, or without --controls"
+    for name, (family, annotator) in CHOICES_OF_CONTROL.items():
+        if family not in families:
+            idle[name] = "with these --metrics"
+        elif annotator not in annotators:
+            idle[name] = f"without controls by `{annotator}`"
     for name in ("clip_model", "clip_prompt"):
         if "clip_score" not in args.metrics:
             idle[name] = "without --metrics clip_score"
@@ -188,10 +197,17 @@ def main(argv: list[str] | None = None) -> None:
     check_cards(subjects if args.update_card else ())
     members = [member for subject in subjects for member in subject.members]
     prompts, controls = named_conditions(args, members) if args.pipeline else (None, None)
+    sets = open_sets(option, subjects, None) if args.images else []
+    controlled = [controls_of(member, controls, args.control_column) for member in members] if args.pipeline else []
+    controlled = [given for given in (*controlled, *(each.source.controls for each in sets)) if given is not None]
+    annotators = {given.annotator for given in controlled}
     real = open_real("--reference", args.reference, args.reference_split)
     train = open_real("--train_data", args.train_data, "train")
-    refuse_flags_without_effect(args, real)
-    instruments = Instruments.open(args, args.reference == "digits", accelerator.device)
+    refuse_flags_without_effect(args, real, annotators)
+    made_with = [given.made_with for given in controlled]
+    args.annotate_as(made_with)
+    instruments = Instruments.open(args, args.reference == "digits", accelerator.device, "sam" in annotators)
+    instruments.check_segmenter(made_with)
     for given in (real, train):
         if given is not None:
             size = {} if args.resolution is None else {"resolution": args.resolution}
@@ -222,7 +238,6 @@ def main(argv: list[str] | None = None) -> None:
         place = folder / "images"
         sets = draw_sets(subjects, args, args.guidance_scale, args.seeds, place, accelerator, check, prompts, controls)
     else:
-        sets = open_sets(option, subjects, None)
         refuse_clip_prompt(args, sets)
         for image_set in sets:
             source = image_set.source

@@ -6,8 +6,9 @@ Letters: M examples, K classes, R the side of an image.
 
 import hashlib
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -16,10 +17,13 @@ from PIL import Image
 from torchvision.transforms.functional import to_pil_image
 
 from noisycond import sampling
+from noisycond.data.annotation import annotated_with
 from noisycond.data.controlled import Controls
-from noisycond.data.controls import ANNOTATORS
+from noisycond.data.controls import ANNOTATORS, CANNY_HIGH, CANNY_LOW
 from noisycond.data.images import UNREADABLE, Transform
+from noisycond.data.preparation import settings_of
 from noisycond.data.sources import Digits, HuggingFaceDataset, ImageSource
+from noisycond.denoisers.class_pipelines import match_classes
 from noisycond.errors import InputError, in_one_line, require
 from noisycond.prompts import LABEL_COLUMN, Prompts
 
@@ -37,7 +41,10 @@ class ControlSet:
         source: the examples. column: of their control images.
         annotator: what made the control images, one of `ANNOTATORS`, or None where that is not known.
         scale: what the pipeline multiplies by what it reads from them.
-        captions: M texts, of text-to-image pipelines; None of class-conditional ones.
+        captions: M texts, of text-to-image pipelines; None of class-conditional ones. caption_column: where the user
+            said that they stand; None where nobody did.
+        made_with: what decides the control images, where the examples tell it: flags of prepare_dataset.py and their
+            values, and a hash of its SAM model; see [`noisycond.data.annotation.annotated_with`].
     """
 
     option: str
@@ -48,6 +55,8 @@ class ControlSet:
     annotator: str | None = CONTROL_COLUMN
     scale: float = 1.0
     captions: tuple[str, ...] | None = None
+    caption_column: str | None = None
+    made_with: Mapping[str, object] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.source)
@@ -80,7 +89,7 @@ class ControlSet:
             f"{flag} {column or CAPTION_COLUMN}: {self.source.name(empty or 0)} has no caption, from which its image "
             "is to be drawn.",
         )
-        return replace(self, captions=tuple(texts))
+        return replace(self, captions=tuple(texts), caption_column=column)
 
     @property
     def prompts(self) -> Prompts | None:
@@ -90,36 +99,45 @@ class ControlSet:
         names = self.source.class_names
         return Prompts(self.name, list(self.captions), self.source.labels if names else None, names or None)
 
-    def labels(self, class_names: list[str] | None, num_classes: int, pipeline: str) -> np.ndarray:
+    def labels(
+        self,
+        class_names: list[str] | None,
+        num_classes: int,
+        pipeline: str,
+        flag: str = "--pipeline",
+        naming: str | None = None,
+    ) -> np.ndarray:
         """The class of each example as a pipeline numbers it, int64 [M]: by name where both have the names.
 
+        Args:
+            class_names: the pipeline's, or None; num_classes: K. pipeline, flag: for messages; naming: see
+                [`noisycond.denoisers.class_pipelines.match_classes`].
+
         Raises:
-            InputError: the examples have no classes, or others than the pipeline.
+            InputError: the examples have no classes, or some that the pipeline does not know; or it names none, and
+                they have another number.
         """
-        names, labels, said = self.source.class_names, self.source.labels, f"{self.option} {self.name}"
+        names, said = self.source.class_names, f"{self.option} {self.name}"
         require(
             names,
-            f"{said}: its examples have no classes (a column {LABEL_COLUMN!r}), but --pipeline {pipeline} draws from "
+            f"{said}: its examples have no classes (a column {LABEL_COLUMN!r}), but {flag} {pipeline} draws from "
             "class labels.",
         )
-        if class_names is None or names == class_names:
-            highest = int(labels.max())
-            require(
-                highest < num_classes,
-                f"{said}: an example has the label {highest}, but --pipeline {pipeline} has {num_classes} classes.",
-            )
-            return labels
-        places = {name: place for place, name in enumerate(class_names)}
-        unknown = next((name for name in names if name not in places), None)
-        require(unknown is None, f"{said}: --pipeline {pipeline} has no class {unknown!r}, which its examples have.")
-        return np.array([places[name] for name in names], dtype=np.int64)[labels]
+        known_as = match_classes(names, class_names, num_classes, flag, pipeline, said, naming)
+        return np.array(known_as, dtype=np.int64)[self.source.labels]
 
     def places(self, count: int, how: str = "balanced", seed: int = 0) -> list[int]:
-        """Which example each of so many images is drawn after: `balanced` takes them in turn, `random` draws them
-        uniformly."""
-        if how == "balanced":
-            return sampling.balanced_labels(count, len(self)).tolist()
-        return sampling.random_labels(count, len(self), seed).tolist()
+        """Which example each of N images is drawn after.
+
+        Args:
+            how: `balanced` takes all in turn, and fewer images than examples spread over them evenly, image i after
+                example floor(i M / N): examples are often sorted by class. `random` draws them uniformly.
+        """
+        if how != "balanced":
+            return sampling.random_labels(count, len(self), seed).tolist()
+        if count < len(self):
+            return [number * len(self) // count for number in range(count)]
+        return sampling.balanced_labels(count, len(self)).tolist()
 
     def control(self, place: int, side: int) -> Image.Image:
         """The control image of an example, RGB, [R, R]: the shorter side to R, then the square in the centre, as its
@@ -175,6 +193,7 @@ class ControlSet:
             "examples": len(self),
             "column": self.column,
             "annotator": self.annotator,
+            "made_with": dict(self.made_with),
             "conditioning_scale": self.scale,
             "fingerprint": self.fingerprint,
         }
@@ -195,7 +214,8 @@ def open_controls(option: str, name: str, split: str | None = None, scale: float
     try:
         if name == "digits":
             split = split or "test"
-            return ControlSet(option, name, split, Digits(split), scale=scale)
+            made_with = {"canny_low": CANNY_LOW, "canny_high": CANNY_HIGH}
+            return ControlSet(option, name, split, Digits(split), scale=scale, made_with=made_with)
         require(
             path.exists() or not name.startswith((".", "/", "~")),
             f"{option} {name}: there is no such folder; name `digits`, a folder that prepare_dataset.py wrote, or a "
@@ -205,10 +225,19 @@ def open_controls(option: str, name: str, split: str | None = None, scale: float
         source = _dataset(name, split or ("train" if is_one else "validation"))
     except InputError as error:
         sentence = str(error).replace("--dataset_split", flag).replace("--dataset_name", option)
-        hint = "" if split is not None or flag in sentence or not sentence.startswith(f"{option} {name}") else flag
+        column = re.match(r"--(image|label)_column (.*?): (.*)", sentence, re.DOTALL)
+        if column is not None:
+            sentence = f"{option} {name}: the column {column[2]!r} is needed; {column[3]}"
+        hint = (
+            ""
+            if column or split is not None or flag in sentence or not sentence.startswith(f"{option} {name}")
+            else flag
+        )
         raise InputError(sentence.removesuffix(".") + (f"; name a split with {hint}." if hint else ".")) from error
     require(len(source), f"{option} {name}: it holds no example.")
-    return ControlSet(option, name, None if is_one else split or "validation", source, scale=scale)
+    made_with = annotated_with(**settings_of(path))
+    split = None if is_one else split or "validation"
+    return ControlSet(option, name, split, source, scale=scale, made_with=made_with)
 
 
 def _dataset(name: str, split: str) -> HuggingFaceDataset:

@@ -8,7 +8,7 @@ metadata.jsonl    file name, label, text and control of each, written when all a
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from noisycond import sampling
 from noisycond.arguments import SamplingArguments
-from noisycond.control_pipelines import adapter_facts, is_adapter, open_control_pipeline
+from noisycond.control_pipelines import AdapterFacts, adapter_facts, is_adapter, open_control_pipeline
 from noisycond.control_set import CONTROL_COLUMN, CONTROL_KEY, ControlSet, open_controls
 from noisycond.errors import InputError, in_one_line, require, writing
 from noisycond.processes import on_all, on_main
@@ -74,6 +74,7 @@ class OpenPipeline:
         prompts: what a text-to-image pipeline draws; None of a class-conditional one.
         controls: what a pipeline with a ControlNet or adapter draws after; None of others. control_labels [M]: the
             class that goes with each, int64; None of a text-to-image pipeline.
+        base: what an adapter folder stands on here; None of a whole pipeline.
     """
 
     name: str
@@ -84,6 +85,7 @@ class OpenPipeline:
     prompts: Prompts | None = None
     controls: ControlSet | None = None
     control_labels: np.ndarray | None = None
+    base: str | None = None
 
     def control_places(self, settings: ImageSettings) -> list[int] | None:
         """Which control each image is drawn after; None without controls."""
@@ -104,7 +106,9 @@ class OpenPipeline:
             places = self.control_places(settings)
             labels = settings.labels(self.num_classes) if places is None else self.control_labels[places]
             return labels.tolist(), [{"label": label} for label in labels.tolist()]
-        places = self.prompts.places(settings.num_images, settings.class_sampling, settings.seed)
+        places = self.control_places(settings)
+        if places is None:
+            places = self.prompts.places(settings.num_images, settings.class_sampling, settings.seed)
         rows: list[dict] = [{"text": self.prompts.texts[place]} for place in places]
         if self.prompts.labels is not None:
             rows = [row | {"label": int(self.prompts.labels[place])} for row, place in zip(rows, places, strict=True)]
@@ -180,10 +184,24 @@ def check_kind(name: str, kind: Kind, prompts: Prompts | None, controls: Control
         f"--pipeline {name}: {kind.name} draws from prompts; give "
         f"{'--prompts' if controls is None else '--controls_caption_column'}.",
     )
+    if prompts is None or kind.takes_prompts:
+        return
     require(
-        prompts is None or kind.takes_prompts,
+        controls is None or controls.caption_column is not None,
+        f"--pipeline {name}: {kind.name} draws from class labels, but another --pipeline from captions; name those of "
+        "one kind at a time.",
+    )
+    raise InputError(
         f"{'--prompts has' if controls is None else 'captions of --controls have'} no effect on --pipeline {name}: "
-        f"{kind.name} draws from class labels; leave {'it' if controls is None else '--controls_caption_column'} off.",
+        f"{kind.name} draws from class labels; leave {'it' if controls is None else '--controls_caption_column'} off."
+    )
+
+
+def check_base(name: str, base: str | None) -> None:
+    """Raises InputError where another base was named for what is no adapter."""
+    require(
+        base is None or is_adapter(name),
+        f"--base_pipeline has no effect on --pipeline {name}: it is a whole pipeline and no adapter; leave it off.",
     )
 
 
@@ -215,12 +233,9 @@ def open_for_drawing(
         InputError: it takes prompts or controls and there are none, or the reverse; it cannot sample as asked; or see
             [`noisycond.sampling.open_pipeline`] and [`noisycond.control_pipelines.open_control_pipeline`].
     """
-    adapts = is_adapter(name)
-    require(
-        adapts or args.base_pipeline is None,
-        f"--base_pipeline has no effect on --pipeline {name}: it is a whole pipeline and no adapter; leave it off.",
-    )
-    if adapts:
+    check_base(name, args.base_pipeline)
+    facts = adapter_facts(name) if is_adapter(name) else None
+    if facts is not None:
         kind = declared_kind(name)
         check_kind(name, kind, prompts, controls)
         pipeline = open_control_pipeline(name, args.base_pipeline)
@@ -242,18 +257,25 @@ def open_for_drawing(
         pipeline.to(getattr(torch, args.torch_dtype))
     opened = OpenPipeline(name, pipeline, sampling.fingerprint(pipeline), None, None, prompts)
     opened.controls = controls_of(name, controls, args.control_column)
+    opened.base = None if facts is None else args.base_pipeline or facts.base
     if prompts is not None:
         opened.class_names = prompts.class_names
         return opened
-    facts = adapter_facts(name) if adapts else None
-    source = name if facts is None else args.base_pipeline or facts.base
-    opened.num_classes = sampling.number_of_classes(pipeline, source)
-    opened.class_names = sampling.class_names(source)
-    if facts is not None and args.base_pipeline is None:
-        opened.class_names = opened.class_names or facts.class_names
+    opened.num_classes = sampling.number_of_classes(pipeline, opened.base or name)
+    opened.class_names = _class_names(opened, facts, is_own_base=args.base_pipeline is None)
     if controls is not None:
         opened.control_labels = controls.labels(opened.class_names, opened.num_classes, name)
     return opened
+
+
+def _class_names(opened: OpenPipeline, facts: AdapterFacts | None, is_own_base: bool) -> list[str] | None:
+    """What the K labels mean. Of an adapter's own base its adapter.json knows best, where a user may have said it;
+    another base that names its classes does."""
+    named = sampling.class_names(opened.base or opened.name)
+    told = None if facts is None else facts.class_names
+    if told is None or len(told) != opened.num_classes:
+        return named
+    return told if is_own_base else named or told
 
 
 def draw_images(opened: OpenPipeline, settings: ImageSettings, folder: Path, accelerator: Accelerator) -> int:
@@ -293,7 +315,7 @@ def draw_images(opened: OpenPipeline, settings: ImageSettings, folder: Path, acc
                 **_controlled(opened, folder, [told[number] for number in chunks[i]]),
             )
             for number, image in zip(chunks[i], images, strict=True):
-                _save_image(image, folder / _file_name(settings, number), opened)
+                save_image(image, folder / _file_name(settings, number), _where(opened, folder))
 
     def list_them() -> None:
         rows = (
@@ -324,7 +346,8 @@ def _save_controls(opened: OpenPipeline, settings: ImageSettings, folder: Path, 
     def save() -> None:
         silent = not accelerator.is_main_process or not mine
         for place in tqdm(mine, desc="control images", unit="image", delay=1, disable=silent):
-            _save_image(opened.controls.control(place, side), folder / _control_file(place), opened)
+            path = folder / _control_file(place)
+            save_image(opened.controls.control(place, side), path, _where(opened, path.parent))
 
     on_all(accelerator, save)
 
@@ -351,7 +374,7 @@ def _claim(folder: Path, settings: ImageSettings, opened: OpenPipeline) -> None:
     if opened.prompts is not None:
         about |= {"prompts": opened.prompts.settings()}
     if opened.controls is not None:
-        about |= {"controls": opened.controls.settings()}
+        about |= {"controls": opened.controls.settings(), "base_pipeline": opened.base}
     if settings_file.exists():
         earlier = _read_earlier(settings_file, where)
         different = differences(earlier, asdict(settings), {"num_images"})
@@ -372,6 +395,12 @@ def _claim(folder: Path, settings: ImageSettings, opened: OpenPipeline) -> None:
         )
         if count == settings.num_images:
             return
+        places = opened.control_places(replace(settings, num_images=count))
+        require(
+            places is None or places == opened.control_places(settings)[:count],
+            f"{where}: its {count} images are spread over the {len(opened.controls or ())} controls, and "
+            f"{settings.num_images} would be spread otherwise; name another folder.",
+        )
         with writing(where, settings_file.name):
             # Before the settings, so that an interruption leaves images that the folder lacks, and none too many.
             (folder / "metadata.jsonl").unlink(missing_ok=True)
@@ -419,11 +448,15 @@ def _file_name(settings: ImageSettings, number: int) -> str:
     return f"{number:06d}.{settings.image_format}"
 
 
-def _save_image(image: Image.Image, path: Path, opened: OpenPipeline) -> None:
-    # Beside the name and renamed, so that a file with the name is whole.
+def save_image(image: Image.Image, path: Path, where: str) -> None:
+    """Writes an image beside its name and renames it, so that a file with the name is whole.
+
+    Args:
+        where: what a message about a full disk begins with.
+    """
     beside = path.with_name(f".{path.name}.part")
     try:
-        with writing(_where(opened, path.parent), f"{path.name} (run the same command again to go on)"):
+        with writing(where, f"{path.name} (run the same command again to go on)"):
             image.save(beside, format={"jpg": "JPEG"}.get(path.suffix[1:], path.suffix[1:].upper()))
             beside.replace(path)
     finally:

@@ -6,7 +6,7 @@ Letters: B images in a batch, H × W their size, M masks of one image.
 import hashlib
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -27,6 +27,10 @@ from noisycond.randomness import Purpose
 ANNOTATIONS = ("caption", "canny", "sam", "mask")  # in the order of the columns
 # B images and their indices to B control images or captions.
 Annotate = Callable[[Sequence[Image.Image], Sequence[int]], list[Image.Image] | list[str]]
+# Flags that decide the edges and the regions.
+CANNY_CHOICES = ("canny_low", "canny_high")
+SAM_CHOICES = ("sam_points_per_side", "sam_pred_iou_thresh", "sam_stability_score_thresh")
+SAM_FACT = "SAM model"  # a hash of its weights and image processor
 HOLE = "{}"  # where a template has the name of the class
 TEMPLATE = f"a photo of a {HOLE}"
 WORDNET_ID = re.compile(r"n\d{8}")
@@ -145,6 +149,15 @@ def described(args: AnnotationArguments) -> dict[str, str]:
     return {column: told[column] for column in ANNOTATIONS if column in args.annotations}
 
 
+def annotated_with(arguments: Mapping[str, object], facts: Mapping[str, object]) -> dict[str, object]:
+    """Of the flags and facts of a preparation those that decide what is seen in its control images."""
+    asked = arguments.get("annotations")
+    of_column = {"canny": CANNY_CHOICES, "sam": (SAM_FACT, *SAM_CHOICES)}
+    names = [name for column, own in of_column.items() if isinstance(asked, list) and column in asked for name in own]
+    known = {**arguments, **facts}
+    return {name: known[name] for name in names if name in known}
+
+
 @dataclass
 class Annotators:
     """What annotates.
@@ -178,7 +191,7 @@ def _open(column: str, args: AnnotationArguments, source: ImageSource, device, f
         return lambda images, indices: [threshold_mask(image) for image in images]
     if column == "sam":
         segmenter = Segmenter(args, device)
-        facts["SAM model"] = segmenter.fingerprint
+        facts[SAM_FACT] = segmenter.fingerprint
         return segmenter
     if args.caption_model is not None:
         captioner = Captioner(args, device)

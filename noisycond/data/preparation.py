@@ -170,6 +170,15 @@ def _lock(making: Path, where: str, held: ExitStack) -> None:
         logger.debug("No lock %s: %s", lock.lock_file, error)
 
 
+def settings_of(folder: Path) -> dict:
+    """`arguments` and `facts` that a dataset was prepared with; empty of a folder that was not prepared here."""
+    try:
+        settings = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
+        return {name: dict(settings[name]) for name in ("arguments", "facts")}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {"arguments": {}, "facts": {}}
+
+
 def _compare(place: Path, settings: dict) -> None:
     try:
         earlier = json.loads((place / SETTINGS).read_text(encoding="utf-8"))

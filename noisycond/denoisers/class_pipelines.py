@@ -138,12 +138,21 @@ def check_latents(flag: str, name: str, unet: Mapping, first_stage: FirstStage, 
     UNetBackbone.check(unet, resolution // factor, 0)
 
 
-def match_classes(class_names: list[str], theirs: list[str] | None, known: int, flag: str, name: str) -> list[int]:
+def match_classes(
+    class_names: list[str],
+    theirs: list[str] | None,
+    known: int,
+    flag: str,
+    name: str,
+    owner: str = "the dataset",
+    naming: str | None = "--base_class_names",
+) -> list[int]:
     """The labels that a pipeline has for the classes of a dataset, which may be some of its own.
 
     Args:
         class_names: the dataset's. theirs: the pipeline's K names, aliases separated by commas; None where nobody
-            says. known: K. flag, name: of the pipeline, for messages.
+            says. known: K. flag, name: of the pipeline, for messages; owner: what the dataset is called there.
+        naming: the flag by which a user says what the pipeline's labels mean; None where the script has none.
 
     Raises:
         InputError: a class that the pipeline does not know or knows twice, or nobody says what its labels mean and
@@ -152,12 +161,13 @@ def match_classes(class_names: list[str], theirs: list[str] | None, known: int, 
     if theirs is None:
         require(
             len(class_names) == known,
-            f"{flag} {name}: it does not say what its {known} labels mean, and the dataset has {len(class_names)} "
-            "classes; give --base_class_names FILE, a class name per line in the order of its labels.",
+            f"{flag} {name}: it does not say what its {known} labels mean, and {owner} has {len(class_names)} classes"
+            + (f"; give {naming} FILE, a class name per line in the order of its labels." if naming else "."),
         )
         return list(range(known))
     require(
-        len(theirs) == known, f"--base_class_names has {len(theirs)} names, but {flag} {name} knows {known} classes."
+        len(theirs) == known,
+        f"{naming or 'what names them'} has {len(theirs)} names, but {flag} {name} knows {known} classes.",
     )
     if class_names == theirs:  # which may have a name twice
         return list(range(known))
@@ -165,15 +175,15 @@ def match_classes(class_names: list[str], theirs: list[str] | None, known: int, 
     unknown = [own for own in class_names if own not in places]
     require(
         not unknown,
-        f"{flag} {name}: it does not know {len(unknown)} of the dataset's {len(class_names)} classes, for example "
-        f"{''.join(unknown[:1])!r}{closest(''.join(unknown[:1]), list(places))}; --base_class_names FILE says what "
-        "its labels mean.",
+        f"{flag} {name}: it does not know {len(unknown)} of {owner}'s {len(class_names)} classes, for example "
+        f"{''.join(unknown[:1])!r}{closest(''.join(unknown[:1]), list(places))}"
+        + (f"; {naming} FILE says what its labels mean." if naming else "."),
     )
     several = [own for own in class_names if len(places[own]) > 1]
     require(
         not several,
         f"{flag} {name}: its labels {' and '.join(str(label) for own in several[:1] for label in places[own])} are "
-        f"both called {''.join(several[:1])!r}; tell them apart with --base_class_names FILE.",
+        f"both called {''.join(several[:1])!r}" + (f"; tell them apart with {naming} FILE." if naming else "."),
     )
     return [places[own][0] for own in class_names]
 

@@ -4,14 +4,15 @@ Letters: N images, H × W the size of a control image, t the tolerance in pixels
 """
 
 import functools
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from PIL import Image
 from tqdm import tqdm
 
+from noisycond.data.annotation import Annotate
 from noisycond.data.controls import canny_edges, threshold_mask
 from noisycond.errors import require
 from noisycond.evaluation.estimates import Estimate
@@ -20,22 +21,23 @@ from noisycond.evaluation.estimates import Estimate
 WHITE = 127  # a pixel of edges or of a mask is set above this grey value; a resized one has others than 0 and 255
 KEPT = 256  # control images in memory
 ANNOTATED = 16  # drawn images that are segmented at a time
-# Images and their numbers to their segmentations, as [`noisycond.data.annotation.Segmenter`] makes them.
-Annotate = Callable[[Sequence[Image.Image], Sequence[int]], list[Image.Image]]
 
 
 @dataclass(frozen=True)
-class Controls:
+class DrawnAfter:
     """The control images that a set of images was drawn after.
 
     Attributes:
         places [N]: which control each image has. read: a place to its control image, RGB.
         annotator: what made them (`canny`, `mask`, `sam`); None where that is not known.
+        made_with: the flags and values that they were made with, as far as known; see
+            [`noisycond.control_set.ControlSet`].
     """
 
     places: Sequence[int]
     read: Callable[[int], Image.Image]
     annotator: str | None
+    made_with: Mapping[str, object] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -44,10 +46,11 @@ class Obedience:
 
     Attributes:
         controls: of the images. drawn: an image's number to the image, RGB.
-        annotate: makes segmentations, for controls that are such; None where there is no segmenter.
+        annotate: makes segmentations, for controls that are such, as [`noisycond.data.annotation.Segmenter`] does;
+            None where there is no segmenter.
     """
 
-    controls: Controls
+    controls: DrawnAfter
     drawn: Callable[[int], Image.Image]
     annotate: Annotate | None = None
 
@@ -121,7 +124,7 @@ def covering(control: np.ndarray, drawn: np.ndarray) -> float:
     return float(covered / counted)
 
 
-def others(controls: Controls) -> dict[int, int]:
+def others(controls: DrawnAfter) -> dict[int, int]:
     """For each control that is in use the next one, in a circle, with other pixels: what a control that has nothing to
     do with an image is compared by.
 
@@ -131,13 +134,13 @@ def others(controls: Controls) -> dict[int, int]:
     places, read = sorted(set(controls.places)), functools.lru_cache(KEPT)(_array_of(controls))
     found = {}
     for position, place in enumerate(places):
-        circle = places[position + 1 :] + places[:position]
+        circle = (places[(position + step) % len(places)] for step in range(1, len(places)))
         found[place] = next((other for other in circle if not np.array_equal(read(place), read(other))), None)
         require(found[place] is not None, "at least two different control images are needed, but all are alike.")
     return found
 
 
-def _array_of(controls: Controls) -> Callable[[int], np.ndarray]:
+def _array_of(controls: DrawnAfter) -> Callable[[int], np.ndarray]:
     return lambda place: np.asarray(controls.read(place))
 
 
@@ -195,12 +198,19 @@ def _compared(
     for first in tqdm(starts, desc=name, unit="batch", delay=2, leave=False, disable=not progress):
         places = controls.places[first : first + ANNOTATED]
         numbers = range(first, first + len(places))
-        sizes = [read(place).size for place in places]
-        drawn = [_sized(obedience.drawn(number), size) for number, size in zip(numbers, sizes, strict=True)]
+        drawn = [
+            _sized(obedience.drawn(number), read(place).size) for number, place in zip(numbers, places, strict=True)
+        ]
         for place, found in zip(places, of_drawn(drawn, numbers), strict=True):
             scores[name].append(score(of_control(read(place)), found))
             scores[f"{name}_shuffled"].append(score(of_control(read(other[place])), found))
     return {key: Estimate.mean(torch.tensor(values, dtype=torch.float64)) for key, values in scores.items()}
+
+
+def drawn_at_the_size_of_its_control(obedience: Obedience, number: int) -> Image.Image:
+    """A drawn image as the metrics look at it."""
+    controls = obedience.controls
+    return _sized(obedience.drawn(number), controls.read(controls.places[number]).size)
 
 
 def _sized(image: Image.Image, size: tuple[int, int]) -> Image.Image:

@@ -18,6 +18,7 @@ from noisycond.evaluation.images import open_images
 from noisycond.generation import (
     ImageSettings,
     OpenPipeline,
+    check_base,
     check_kind,
     controls_of,
     declared_kind,
@@ -42,7 +43,7 @@ class ImageSet:
     Attributes:
         member: the pipeline, or the folder of images, as the user named it. option: the flag that named it.
         guidance_scale, seed: of a pipeline's images; None of a folder of images. weights: a hash of the pipeline's.
-        controls: that a pipeline's images were drawn after, or None.
+        controls: that a pipeline's images were drawn after, or None. base: what an adapter stands on; None of others.
     """
 
     label: str
@@ -53,6 +54,7 @@ class ImageSet:
     seed: int | None = None
     weights: str | None = None
     controls: ControlSet | None = None
+    base: str | None = None
 
     def __str__(self) -> str:
         return self.label if self.guidance_scale is None else f"{self.label}, guidance scale {self.guidance_scale:g}"
@@ -135,6 +137,7 @@ def draw_sets(
             from prompts or labels, and after controls, as asked, is decided before the first is drawn from.
     """
     for member in (member for subject in subjects for member in subject.members):
+        check_base(member, args.base_pipeline)
         kind = declared_kind(member)
         if kind is not None:
             check_kind(member, kind, prompts, controls)
@@ -150,6 +153,6 @@ def draw_sets(
                     here = folder / place / f"guidance-{scale:g}-seed-{seed}"
                     draw_images(opened, ImageSettings.of(args, scale, seed), here, accelerator)
                     source = open_images("--pipeline", str(here))
-                    told = (scale, seed, opened.weights, opened.controls)
+                    told = (scale, seed, opened.weights, opened.controls, opened.base)
                     sets.append(ImageSet(subject.label, member, "--pipeline", source, *told))
     return sets

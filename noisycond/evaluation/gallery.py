@@ -99,13 +99,14 @@ def draw_memorized(image_set: ImageSet, seen: Evidence, train: RealImages, resiz
 
 
 def draw_controlled(args, image_set: ImageSet, path: Path) -> Path:
-    """A row for each of the first controls: the control, the real image where it is known, and the images drawn after
-    it, of which there are several where there are more images than controls."""
+    """A row for each of some controls, spread over all: the control, the real image where it is known, and the images
+    drawn after it, of which there are several where there are more images than controls."""
     source, controls = image_set.source, image_set.source.controls
     numbers: dict[int, list[int]] = {}
     for number, place in enumerate(controls.places):
         numbers.setdefault(place, []).append(number)
-    shown = dict(list(numbers.items())[:CONTROLS])
+    count = min(CONTROLS, len(numbers))
+    shown = dict(list(numbers.items())[row * len(numbers) // count] for row in range(count))
     fewest = min(RESULTS, *(len(drawn) for drawn in shown.values()))
     results = [
         [read_image(image_set.option, source, number, Resize()) for number in drawn[:fewest]]

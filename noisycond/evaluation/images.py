@@ -21,7 +21,7 @@ from noisycond.control_set import CONTROL_KEY
 from noisycond.data.images import UNREADABLE
 from noisycond.data.sources import Digits, HuggingFaceDataset, ImageFolder, ImageSource
 from noisycond.errors import InputError, in_one_line, require
-from noisycond.evaluation.control import Controls
+from noisycond.evaluation.control import DrawnAfter
 from noisycond.evaluation.npz import IMAGES, read_batch
 
 
@@ -73,7 +73,8 @@ class ListedImages(ImageSource):
             self.class_names = _read_class_names(option, made)
         digest = hashlib.sha256()
         if controls is not None:
-            self.controls = _listed_controls(option, root, controls, _read_annotator(option, made))
+            told = _read_made(option, made, "controls") if made.exists() else None
+            self.controls = _listed_controls(option, root, controls, told if isinstance(told, dict) else {})
             digest.update(json.dumps([controls, self.controls.annotator]).encode())
         for name in [*self.names, *sorted(set(controls or ()))]:
             try:
@@ -123,7 +124,8 @@ def _read_listing(
     )
 
 
-def _listed_controls(option: str, root: Path, names: list[str], annotator: str | None) -> Controls:
+def _listed_controls(option: str, root: Path, names: list[str], told: dict) -> DrawnAfter:
+    """With what generation.json tells of them."""
     different = sorted(set(names))
     places = {name: place for place, name in enumerate(different)}
 
@@ -137,13 +139,13 @@ def _listed_controls(option: str, root: Path, names: list[str], annotator: str |
                 "images again."
             ) from error
 
-    return Controls([places[name] for name in names], read, annotator)
-
-
-def _read_annotator(option: str, made: Path) -> str | None:
-    """What made the controls of a folder of images; None where nothing says it."""
-    controls = _read_made(option, made, "controls") if made.exists() else None
-    return controls.get("annotator") if isinstance(controls, dict) else None
+    made_with = told.get("made_with")
+    return DrawnAfter(
+        [places[name] for name in names],
+        read,
+        told.get("annotator"),
+        made_with if isinstance(made_with, dict) else {},
+    )
 
 
 def _read_class_names(option: str, made: Path) -> list[str] | None:

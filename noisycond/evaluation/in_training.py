@@ -22,14 +22,14 @@ from noisycond.cards import public_name
 from noisycond.control_set import ControlSet, open_controls
 from noisycond.data.sources import ImageSource, Subset
 from noisycond.errors import InputError, require
-from noisycond.evaluation.control import Controls
+from noisycond.evaluation.control import DrawnAfter
 from noisycond.evaluation.images import Resize
 from noisycond.evaluation.instruments import Extraction, Instruments
 from noisycond.evaluation.metrics import METRICS, check_names
 from noisycond.evaluation.model_index import TASK, TEXT_TASK, add_results_to_card, model_index_results
 from noisycond.evaluation.options import MetricArguments
 from noisycond.evaluation.references import open_real
-from noisycond.evaluation.suite import compute, families_of, needs_train, refuse
+from noisycond.evaluation.suite import LACKING, compute, families_of, needs_train, refuse
 from noisycond.pictures import plot_over_steps
 from noisycond.prompts import Prompts, open_prompts
 from noisycond.run_folder import RunFolder
@@ -165,7 +165,7 @@ class DrawnImages(ImageSource):
         labels: Sequence[int] | None,
         class_names: list[str] | None,
         texts: list[str] | None = None,
-        controls: Controls | None = None,
+        controls: DrawnAfter | None = None,
     ):
         self.images, self.class_names, self.texts, self.controls = images, class_names, texts, controls
         self.labels = None if labels is None else np.array(labels, dtype=np.int64)
@@ -214,15 +214,19 @@ class TrainingEvaluation:
             metric_seed=args.seed,
             **clip,
         )
+        if controls is not None:
+            self.options.annotate_as([controls.made_with])
 
     def prepare(self, device: torch.device) -> None:
         """Opens what is looked through and extracts the features of the real images, of the model's classes (or the
         prompts') where both have names. On the main process only.
 
         Raises:
-            InputError: weights or real images are missing, or a metric cannot be computed.
+            InputError: weights or real images are missing, a metric cannot be computed, or the controls have classes
+                that the model does not know.
         """
         args, on_digits = self.args, self.args.dataset_name == "digits"
+        self._conditions()
         name = args.eval_reference or ("digits" if on_digits else None)
         require(name is not None, "--eval_steps needs --eval_reference: real images of the validation set.")
         with _flags_of_training():
@@ -282,23 +286,24 @@ class TrainingEvaluation:
 
     def _conditions(self) -> tuple[list[int] | None, list[str] | None]:
         """Labels and texts of the images that are drawn, in turn; None where there are none."""
-        count, prompts = self.args.eval_num_images, self.prompts
+        args, prompts, names = self.args, self.prompts, self.class_names
+        count = args.eval_num_images
         if prompts is None and self.controls is not None:
-            of_controls = self.controls.labels(self.class_names, len(self.class_names), self.args.output_dir)
-            return of_controls[self.controls.places(count)].tolist(), None
+            base = (args.pretrained_model_name_or_path, "--pretrained_model_name_or_path", "--base_class_names")
+            return self.controls.labels(names, len(names), *base)[self.controls.places(count)].tolist(), None
         if prompts is None:
-            return sampling.balanced_labels(count, len(self.class_names)).tolist(), None
-        places = prompts.places(count)
+            return sampling.balanced_labels(count, len(names)).tolist(), None
+        places = (self.controls or prompts).places(count)
         labels = None if prompts.labels is None else prompts.labels[places].tolist()
         return labels, [prompts.texts[place] for place in places]
 
-    def _controls(self, pipeline: DiffusionPipeline) -> tuple[Controls | None, dict]:
+    def _controls(self, pipeline: DiffusionPipeline) -> tuple[DrawnAfter | None, dict]:
         """What the images are drawn after, and what of it the sampling takes."""
         if self.controls is None:
             return None, {}
         places, side = self.controls.places(self.args.eval_num_images), sampling.image_size(pipeline)
         images = {place: self.controls.control(place, side) for place in sorted(set(places))}
-        known = Controls(places, images.__getitem__, self.controls.annotator)
+        known = DrawnAfter(places, images.__getitem__, self.controls.annotator, self.controls.made_with)
         return known, {"controls": [images[place] for place in places], "conditioning_scale": self.controls.scale}
 
     def settings(self) -> dict:
@@ -372,4 +377,7 @@ def _flags_of_training():
         for flag_name in ("metrics", "reference", "feature_extractor", "extractor_weights", "clip_model", "controls"):
             sentence = re.sub(rf"--{flag_name}\b", f"--eval_{flag_name}", sentence)
         sentence = sentence.replace("no --train_data was given", "the training images are known for digits alone")
+        sentence = sentence.replace(
+            LACKING["segmenter"], "the controls are segmentations, which evaluate_model.py measures"
+        )
         raise InputError(sentence) from error

@@ -2,14 +2,15 @@
 once, before any image is drawn, so that missing weights are known first.
 """
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 
-from noisycond.data.annotation import Segmenter
+from noisycond.data.annotation import SAM_FACT, Segmenter
 from noisycond.data.sources import ImageSource
 from noisycond.errors import require
 from noisycond.evaluation.agreement import ClipScore, prompts_for
@@ -20,7 +21,11 @@ from noisycond.evaluation.extractors import Extractor, open_extractor, open_simi
 from noisycond.evaluation.features import Features
 from noisycond.evaluation.images import Resize, read_image
 from noisycond.evaluation.options import MetricArguments
+from noisycond.evaluation.segments import segment
 from noisycond.evaluation.suite import Evidence, families_of, match_labels, of_controls
+
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -34,11 +39,14 @@ class Instruments:
     segmenter: Segmenter | None = None
 
     @classmethod
-    def open(cls, options: MetricArguments, embedded: bool, device: torch.device) -> "Instruments":
+    def open(
+        cls, options: MetricArguments, embedded: bool, device: torch.device, segments: bool = True
+    ) -> "Instruments":
         """Opens what the options name.
 
         Args:
-            embedded: whether the images are digits, whose extractor, classifier and similarity ship.
+            embedded: whether the images are digits, whose extractor, classifier and similarity ship. segments:
+                whether there are controls that only a segmenter can be compared with.
 
         Raises:
             InputError: weights are missing, or a name is unknown.
@@ -50,13 +58,26 @@ class Instruments:
         classifier_name = options.classifier or ("digits" if ships else None)
         similarity_name = options.lpips_similarity or ("lpips-digits" if ships else None)
         asked = "lpips" in families and similarity_name is not None
+        segments = segments and "control_masks" in families and options.sam_model is not None
         return cls(
             extractor,
             open_classifier(classifier_name, device) if "class_agreement" in families and classifier_name else None,
             ClipScore(options.clip_model, device=device) if "clip_score" in options.metrics else None,
             open_similarity(similarity_name, device) if asked else None,
-            Segmenter(options.annotation, device) if "control_masks" in families and options.sam_model else None,
+            Segmenter(options.annotation, device) if segments else None,
         )
+
+    def check_segmenter(self, made_with: Sequence[Mapping[str, object]]) -> None:
+        """Warns where controls were segmented by another model.
+
+        Args:
+            made_with: of each set of controls; see [`noisycond.control_set.ControlSet`].
+        """
+        own = None if self.segmenter is None else self.segmenter.fingerprint
+        if own is not None and any(made.get(SAM_FACT, own) != own for made in made_with):
+            logger.warning(
+                "--sam_model is another than the controls were made with: what obeys them wholly will not score 1."
+            )
 
     @property
     def classifies_itself(self) -> bool:
@@ -123,7 +144,8 @@ class Extraction:
     Attributes:
         resize: of real images. Generated ones are resized only where --resolution asks for it: else they have this
             size, or are refused.
-        device: where distances are computed. folder: where features are kept; None keeps them in memory.
+        device: where distances are computed. folder: where features are kept, beside a folder of segmentations; None
+            keeps them in memory.
         accelerator: the processes that share the work; needed with a folder.
         batch_size: images per pass. workers: processes that read images; 0 reads in this one.
     """
@@ -186,10 +208,18 @@ class Extraction:
             size = size_of(option, source, self.resize)
             evidence.pixels = lambda numbers: next(read_batches(option, source, self.resize, size, [numbers]))[1]
         if source.controls is not None:
-            evidence.obedience = Obedience(
-                source.controls, lambda number: read_image(option, source, number, Resize()), instruments.segmenter
-            )
+            evidence.obedience = self._obedience(option, source)
         return evidence
+
+    def _obedience(self, option: str, source: ImageSource) -> Obedience:
+        """With segmentations of the images where the metrics want them."""
+        segmenter = self.instruments.segmenter
+        seen = Obedience(source.controls, lambda number: read_image(option, source, number, Resize()), segmenter)
+        if segmenter is None or self.folder is None or source.controls.annotator != "sam":
+            return seen
+        settings = {"segmenter": segmenter.fingerprint, **segmenter.options}
+        folder = self.folder.with_name("segments")
+        return replace(seen, annotate=segment(source, seen, segmenter, settings, folder, self.accelerator))
 
     def _clip_scores(
         self, option: str, source: ImageSource, clip: ClipScore, labels: torch.Tensor | None

@@ -1,16 +1,18 @@
 """The flags of an evaluation: what is measured, by which extractor, and every choice that a metric leaves open."""
 
+import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from noisycond.arguments import Arguments, flag
-from noisycond.data.annotation import AnnotationArguments
+from noisycond.data.annotation import CANNY_CHOICES, SAM_CHOICES, AnnotationArguments
 from noisycond.data.controls import CANNY_HIGH, CANNY_LOW
 from noisycond.errors import require
 from noisycond.evaluation.metrics import check_names
 
 
-SAM_CHOICES = ("sam_points_per_side", "sam_pred_iou_thresh", "sam_stability_score_thresh")
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -67,14 +69,20 @@ class MetricArguments(Arguments):
     edge_tolerance: int = flag(
         1, "Pixels between an edge of the control and one of the image that count as the same, for edge F1."
     )
-    canny_low: int = flag(CANNY_LOW, "Edges of drawn images: an edge goes on where the gradient is above this.")
-    canny_high: int = flag(CANNY_HIGH, "Edges of drawn images: an edge begins where the gradient is above this.")
+    canny_low: int = flag(
+        CANNY_LOW,
+        "Edges of drawn images: an edge goes on where the gradient is above this. The default is what the controls "
+        "were made with, where prepare_dataset.py wrote it down.",
+    )
+    canny_high: int = flag(
+        CANNY_HIGH, "Edges of drawn images: an edge begins where the gradient is above this; else as --canny_low."
+    )
     sam_model: str | None = flag(
         None, "A model of transformers that segments drawn images (SAM), for mask IoU with controls by `sam`."
     )
     sam_points_per_side: int = flag(
         AnnotationArguments.sam_points_per_side,
-        "As of prepare_dataset.py; take what the controls were made with.",
+        "As of prepare_dataset.py; the default is what the controls were made with, where that is known.",
     )
     sam_pred_iou_thresh: float = flag(AnnotationArguments.sam_pred_iou_thresh, "See --sam_points_per_side.")
     sam_stability_score_thresh: float = flag(
@@ -115,10 +123,7 @@ class MetricArguments(Arguments):
             self.bootstrap == 0 or self.bootstrap >= 40,
             f"--bootstrap is {self.bootstrap}, but a 95 % interval needs at least 40 replicates.",
         )
-        require(
-            0 <= self.canny_low <= self.canny_high,
-            f"--canny_low is {self.canny_low} and --canny_high {self.canny_high}, but 0 ≤ low ≤ high must hold.",
-        )
+        self._check_thresholds()
         for name in SAM_CHOICES:
             require(
                 self.sam_model is not None or self.is_default(name), f"--{name} has no effect without --sam_model."
@@ -126,6 +131,43 @@ class MetricArguments(Arguments):
         if self.sam_model is not None:
             self.annotation  # noqa: B018 (checks the values)
         require("{}" in self.clip_prompt, f"--clip_prompt is {self.clip_prompt!r}, but must hold {{}} for the class.")
+
+    def annotate_as(self, made_with: Sequence[Mapping[str, object]]) -> None:
+        """Takes for edges and regions of drawn images what the controls were made with, where nobody chose it; warns
+        where somebody chose something else.
+
+        Args:
+            made_with: of each set of controls, the values by flag, as far as known.
+
+        Raises:
+            InputError: two sets were made with different values, and nobody chose one.
+        """
+        for name in (*CANNY_CHOICES, *(SAM_CHOICES if self.sam_model is not None else ())):
+            values = sorted({made[name] for made in made_with if isinstance(made.get(name), (int, float))})
+            if name in self.given or not self.is_default(name):
+                others = [value for value in values if value != getattr(self, name)]
+                if others:
+                    logger.warning(
+                        "--%s is %g, but the controls were made with %g: what obeys them wholly will not score 1.",
+                        name,
+                        getattr(self, name),
+                        others[0],
+                    )
+                continue
+            require(
+                len(values) < 2,
+                f"--{name}: the controls were made with different values ({', '.join(f'{v:g}' for v in values)}); say "
+                "which is to be taken, or measure them one by one.",
+            )
+            for value in values:
+                setattr(self, name, value)
+        self._check_thresholds()
+
+    def _check_thresholds(self) -> None:
+        require(
+            0 <= self.canny_low <= self.canny_high,
+            f"--canny_low is {self.canny_low} and --canny_high {self.canny_high}, but 0 ≤ low ≤ high must hold.",
+        )
 
     @property
     def annotation(self) -> AnnotationArguments:

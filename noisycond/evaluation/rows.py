@@ -138,7 +138,8 @@ def _controls_of(sets: Sequence[ImageSet]) -> dict:
     own = ("column", "annotator", "fingerprint")
     shared = {key: value for key, value in next(iter(given.values())).items() if key not in own}
     columns = {member: {key: settings[key] for key in own} for member, settings in given.items()}
-    return {"controls": shared | {"columns": columns}}
+    bases = {image_set.member: image_set.base for image_set in sets if image_set.base is not None}
+    return {"controls": shared | {"columns": columns}} | ({"base_pipeline": bases} if bases else {})
 
 
 def check_cards(subjects: Sequence[Subject]) -> None:
@@ -175,14 +176,17 @@ def update_cards(pipelines: Sequence[str], rows: Sequence[dict], settings: dict)
     prompts = settings["generated"].get("prompts")
     told |= {} if prompts is None else {"prompts": public_name(prompts["name"])}
     controls = settings["generated"].get("controls")
+    bases = settings["generated"].get("base_pipeline", {})
     for name in pipelines:
+        own = {} if name not in bases else {"base_pipeline": public_name(bases[name])}
         if controls is not None:
-            told |= {"controls": public_name(controls["name"]), "control_column": controls["columns"][name]["column"]}
+            own |= {"controls": public_name(controls["name"]), "control_column": controls["columns"][name]["column"]}
+            own |= {"conditioning_scale": controls["conditioning_scale"]}
         results = model_index_results(
             [row for row in rows if row["pipeline"] == name],
             public_name(reference["name"]),
             dataset_split=reference.get("split"),
-            settings=dict(told),
+            settings=told | own,
             task=TASK if prompts is None else TEXT_TASK,
         )
         add_results_to_card(name, results)

@@ -1,5 +1,7 @@
 """Agreement with control images: known answers by hand, SciPy's distances, and controls of other images."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -11,8 +13,9 @@ from noisycond.data.annotation import Segmenter
 from noisycond.data.controls import canny_edges, threshold_mask
 from noisycond.data.sources import Digits
 from noisycond.errors import InputError
+from noisycond.evaluation import gallery
 from noisycond.evaluation.control import (
-    Controls,
+    DrawnAfter,
     Obedience,
     boundary_f1,
     covering,
@@ -23,6 +26,7 @@ from noisycond.evaluation.control import (
     others,
     regions,
 )
+from noisycond.evaluation.drawing import ImageSet
 from noisycond.evaluation.images import Resize
 from noisycond.evaluation.in_training import DrawnImages
 from noisycond.evaluation.instruments import Extraction, Instruments
@@ -72,6 +76,15 @@ def test_nearness_is_the_euclidean_distance(tolerance):
     assert np.array_equal(near(pixels, tolerance), distance_transform_edt(~pixels) <= tolerance)
 
 
+def test_the_rows_of_a_picture_are_spread_over_the_controls(monkeypatch, tmp_path):
+    images = [Image.new("RGB", (8, 8), (20 * number,) * 3) for number in range(12)]
+    source, shown = DrawnImages(images, None, None, controls=controls_of(images, "canny")), []
+    grid = images[0]
+    monkeypatch.setattr(gallery, "control_grid", lambda controls, *others: shown.extend(controls) or grid)
+    gallery.draw_controlled(None, ImageSet("x", "x", "--images", source), tmp_path / "x.png")
+    assert shown == [images[row] for row in (0, 1, 2, 3, 4, 6, 7, 8, 9, 10)]
+
+
 def test_overlap_of_masks_by_hand():
     control, drawn = np.zeros((4, 4), dtype=bool), np.zeros((4, 4), dtype=bool)
     control[:2], drawn[:3, :2] = True, True  # 8 and 6 pixels, 4 of them common
@@ -92,8 +105,8 @@ def test_regions_are_colours():
     assert regions(image).tolist() == [[0, 0xFF0000, 0xFF, 0xFF0000]]
 
 
-def controls_of(images, annotator, places=None) -> Controls:
-    return Controls(list(range(len(images))) if places is None else places, images.__getitem__, annotator)
+def controls_of(images, annotator, places=None) -> DrawnAfter:
+    return DrawnAfter(list(range(len(images))) if places is None else places, images.__getitem__, annotator)
 
 
 def test_the_other_control_is_the_next_that_differs():
@@ -102,6 +115,17 @@ def test_the_other_control_is_the_next_that_differs():
     assert others(controls_of(images, "canny", [4, 0, 4, 1])) == {0: 4, 1: 4, 4: 0}
     with pytest.raises(InputError, match="at least two different control images are needed"):
         others(controls_of(images, "canny", [0, 1, 0]))
+
+
+def test_images_are_annotated_as_their_controls_were(caplog):
+    options = MetricArguments(sam_model="x", canny_low=90)
+    options.annotate_as([{"canny_low": 50, "canny_high": 95, "sam_points_per_side": 8}, {}])
+    assert (options.canny_low, options.canny_high, options.sam_points_per_side) == (90, 95, 8)
+    assert "--canny_low is 90, but the controls were made with 50" in caplog.text and "canny_high" not in caplog.text
+    with pytest.raises(InputError, match=r"--canny_low: the controls were made with different values \(50, 60\)"):
+        MetricArguments().annotate_as([{"canny_low": 50}, {"canny_low": 60}])
+    with pytest.raises(InputError, match="--canny_low is 150 and --canny_high 95"):
+        MetricArguments(canny_low=150).annotate_as([{"canny_high": 95}])
 
 
 @pytest.fixture(scope="module")
@@ -150,15 +174,34 @@ def test_masks_and_segmentations(digits):
     assert covered["mask_iou_shuffled"].value == pytest.approx(found["mask_iou_shuffled"].value)
 
 
-def test_images_are_segmented_as_the_controls_were(digits, tmp_path):
+def test_images_are_segmented_as_the_controls_were(digits, tmp_path, accelerator, monkeypatch, caplog):
     every_mask = {"sam_points_per_side": 2, "sam_pred_iou_thresh": 0.0, "sam_stability_score_thresh": 0.0}
     options = MetricArguments(metrics=["mask_iou"], sam_model=tiny_sam(tmp_path / "sam"), **every_mask)
     controls = Segmenter(options.annotation)(digits[:4], range(4))
     extraction = Extraction(Instruments.open(options, True, torch.device("cpu")), options, Resize(), "cpu")
     assert extraction.settings()["segmenter"] == extraction.instruments.segmenter.fingerprint
+    extraction.instruments.check_segmenter([{"SAM model": extraction.settings()["segmenter"]}, {}])
+    assert "--sam_model is another" not in caplog.text
+    extraction.instruments.check_segmenter([{"SAM model": "sha256:ab"}])
+    assert "--sam_model is another" in caplog.text
     source = DrawnImages(digits[:4], None, None, controls=controls_of(controls, "sam"))
     found = compute(extraction.evidence("--images", source), options, "control_masks")
     assert found["mask_iou"].value == 1 > found["mask_iou_shuffled"].value
+
+    def kept() -> dict[str, int]:
+        return {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("segments/*/*.png")}
+
+    # With a folder they are made before the metrics are computed, and only once.
+    extraction = replace(extraction, folder=tmp_path / "features", accelerator=accelerator)
+    seen = extraction.evidence("--images", source)
+    made = kept()
+    assert sorted(made) == [f"{number:06d}.png" for number in range(4)]
+    next(tmp_path.glob("segments/*/000002.png")).unlink()
+    seen = extraction.evidence("--images", source)
+    assert {name for name, when in kept().items() if made[name] != when} == {"000002.png"}
+    monkeypatch.setattr(Segmenter, "__call__", None)
+    again = compute(seen, options, "control_masks")
+    assert all(again[name].value == found[name].value for name in found)
     with pytest.raises(InputError, match="--sam_points_per_side has no effect without --sam_model"):
         MetricArguments(sam_points_per_side=2)
     with pytest.raises(InputError, match="--sam_pred_iou_thresh is 2.0"):

@@ -8,7 +8,7 @@ from PIL import Image
 
 from noisycond.data.controls import canny_edges
 from noisycond.errors import InputError
-from noisycond.evaluation.control import Controls, Obedience
+from noisycond.evaluation.control import DrawnAfter, Obedience
 from noisycond.evaluation.features import Features
 from noisycond.evaluation.metrics import METRICS
 from noisycond.evaluation.options import MetricArguments
@@ -65,7 +65,7 @@ def obedience(annotator: str | None, annotate=None) -> Obedience:
     for place, image in enumerate(images):
         image.paste("white", (2 + 6 * place, 4, 8 + 6 * place, 10))
     controls = [canny_edges(image) for image in images] if annotator == "canny" else images
-    return Obedience(Controls([0, 1], controls.__getitem__, annotator), images.__getitem__, annotate)
+    return Obedience(DrawnAfter([0, 1], controls.__getitem__, annotator), images.__getitem__, annotate)
 
 
 def test_every_metric_belongs_to_a_family_that_gives_it(evidence):
