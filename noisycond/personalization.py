@@ -32,7 +32,7 @@ from noisycond.cards import UNKNOWN_PLACE, personalization_card, public_name
 from noisycond.condition_kinds import CAPTIONS, LABELS, Started
 from noisycond.control_pipelines import AdapterFacts, assemble, loading_code, save_adapter
 from noisycond.data.caption_options import CaptionCorruptionArguments, CaptionDataArguments
-from noisycond.data.controls import ANNOTATORS
+from noisycond.data.controls import CONTROL_ANNOTATORS
 from noisycond.denoisers.control import ControlledUNet
 from noisycond.denoisers.text_options import TextCacheArguments
 from noisycond.errors import InputError, in_one_line, require, writing
@@ -285,7 +285,7 @@ def export(
         condition=base.condition,
         kind=kind_of(pipeline),
         control_column=args.control_column,
-        annotator=args.control_column if args.control_column in ANNOTATORS else None,
+        annotator=args.control_column if args.control_column in CONTROL_ANNOTATORS else None,
         class_names=base.class_names,
     )
 
