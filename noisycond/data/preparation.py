@@ -289,9 +289,8 @@ def features_of(asked: Preparation):
 
 def _as_arrow(columns: dict[str, list], asked: Preparation) -> bytes:
     import pyarrow
-    from datasets import Dataset
 
-    table = Dataset.from_dict(columns, features=features_of(asked)).data.table
+    table = pyarrow.table(columns, schema=features_of(asked).arrow_schema)
     content = io.BytesIO()
     with pyarrow.ipc.new_stream(content, table.schema) as stream:
         stream.write_table(table)

@@ -241,7 +241,7 @@ def test_no_classes_make_no_captions(tmp_path):
 
 
 def test_the_facts_tell_captions_apart(tmp_path):
-    source = Digits()
+    source = Digits("test")
     facts = [open_annotators(arguments("--seed", seed), source).facts for seed in (0, 0, 1)]
     assert facts[0] == facts[1] != facts[2]
 
