@@ -43,6 +43,10 @@ class PrepareArguments(SourceArguments, AnnotationArguments):
         if self.label_column == "none":
             self.label_column = None
             require(self.class_subset is None, "--class_subset has no effect with --label_column none; leave it off.")
+        require(
+            self.dataset_name != "digits" or self.is_default("label_column"),
+            "--label_column has no effect with --dataset_name digits: they bring their labels.",
+        )
         threads = self.cpu_threads_per_process
         require(threads is None or threads > 0, f"--cpu_threads_per_process is {threads}, but it must be positive.")
         output = Path(self.output_dir).resolve()
@@ -65,7 +69,7 @@ def describe(args: PrepareArguments, source: ImageSource, count: int, unreadable
         "source": dataset if args.train_data_dir else f"{dataset}, split {args.dataset_split}",
         "classes": "all of them",
         "examples": count,
-        "images that could not be read": len(unreadable),
+        "images left out": len(unreadable),
         "interpolation": args.image_interpolation_mode,
         "seed": args.seed,
     }
@@ -76,7 +80,8 @@ def describe(args: PrepareArguments, source: ImageSource, count: int, unreadable
             if by_number
             else (f"those of {public_name(args.class_subset)}")
         )
-    below = "Left out, for they could not be read: " + ", ".join(f"`{key}`" for key in unreadable)
+    why = "could not be read or have no caption" if "caption" in args.annotations else "could not be read"
+    below = f"Left out, for they {why}: " + ", ".join(f"`{key}`" for key in unreadable)
     title = f"{dataset} with {', '.join(args.annotations)}"
     return str(dataset_card(title, columns, settings, below if unreadable else ""))
 

@@ -19,7 +19,7 @@ from torchvision.transforms.functional import to_pil_image
 from noisycond import sampling
 from noisycond.data.annotation import annotated_with
 from noisycond.data.controlled import Controls
-from noisycond.data.controls import ANNOTATORS, CANNY_HIGH, CANNY_LOW
+from noisycond.data.controls import CANNY_HIGH, CANNY_LOW, CONTROL_ANNOTATORS
 from noisycond.data.images import UNREADABLE, Transform
 from noisycond.data.preparation import settings_of
 from noisycond.data.sources import Digits, HuggingFaceDataset, ImageSource
@@ -39,7 +39,7 @@ class ControlSet:
     Attributes:
         option, name, split: as the user named them; no split of what has none.
         source: the examples. column: of their control images.
-        annotator: what made the control images, one of `ANNOTATORS`, or None where that is not known.
+        annotator: what made the control images, one of `CONTROL_ANNOTATORS`, or None where that is not known.
         scale: what the pipeline multiplies by what it reads from them.
         captions: M texts, of text-to-image pipelines; None of class-conditional ones. caption_column: where the user
             said that they stand; None where nobody did.
@@ -70,7 +70,7 @@ class ControlSet:
         Raises:
             InputError: there is no such column, or it holds no images.
         """
-        known = annotator or (column if column in ANNOTATORS else None)
+        known = annotator or (column if column in CONTROL_ANNOTATORS else None)
         chosen = replace(self, column=column, annotator=known)
         self.source.check_control(column)
         return chosen
@@ -139,12 +139,16 @@ class ControlSet:
             return [number * len(self) // count for number in range(count)]
         return sampling.balanced_labels(count, len(self)).tolist()
 
+    def check(self, side: int) -> None:
+        """Raises InputError, where a control of the first examples cannot be drawn after at R pixels a side."""
+        self._reader(side)
+
     def control(self, place: int, side: int) -> Image.Image:
         """The control image of an example, RGB, [R, R]: the shorter side to R, then the square in the centre, as its
         image.
 
         Raises:
-            InputError: it cannot be read, or is not of its image's size; names it.
+            InputError: it cannot be read, is not of its image's size, or see [`Controls`]; names it.
         """
         try:
             return to_pil_image((self._reader(side).read(place, 0) * 255).round().byte())

@@ -39,8 +39,7 @@ def make_accelerator(args: LoopArguments) -> Accelerator:
         # DeepSpeed's own half precision would keep the weights in it, and their average with them.
         mixed_precision="no" if Layout.of_this_launch().kind == "zero" else args.mixed_precision,
         log_with=None if args.report_to == "none" else args.report_to,
-        # The main process measures and draws while the others wait at a barrier.
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))],
+        kwargs_handlers=[patient()],
         project_config=ProjectConfiguration(args.output_dir, os.path.join(args.output_dir, args.logging_dir)),
     )
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
@@ -55,11 +54,16 @@ def make_accelerator(args: LoopArguments) -> Accelerator:
 
 def make_sampling_accelerator(args: SamplingArguments) -> Accelerator:
     """The accelerator of a script that draws or measures images, with messages and, on CPU, threads set up."""
-    accelerator = Accelerator(cpu=no_accelerator())
+    accelerator = Accelerator(cpu=no_accelerator(), kwargs_handlers=[patient()])
     set_up_logging(accelerator)
     if accelerator.device.type == "cpu":
         set_threads(args.cpu_threads_per_process)
     return accelerator
+
+
+def patient() -> InitProcessGroupKwargs:
+    """How long a process waits for others: the main one measures, draws, or puts a dataset together meanwhile."""
+    return InitProcessGroupKwargs(timeout=timedelta(hours=2))
 
 
 def check_launch(on_gpu: bool) -> None:

@@ -41,7 +41,7 @@ from noisycond.control_pipelines import (
 )
 from noisycond.data.batches import Batches
 from noisycond.data.caption_options import CaptionCorruptionArguments, CaptionDataArguments
-from noisycond.data.controls import ANNOTATORS
+from noisycond.data.controls import CONTROL_ANNOTATORS
 from noisycond.denoisers.control import ControlledUNet
 from noisycond.denoisers.text_options import TextCacheArguments
 from noisycond.errors import InputError, in_one_line, require, writing
@@ -243,7 +243,7 @@ def export(
         condition=base.condition,
         kind="controlnet" if isinstance(adapter, ControlNetModel) else "t2i_adapter",
         control_column=args.control_column,
-        annotator=args.control_column if args.control_column in ANNOTATORS else None,
+        annotator=args.control_column if args.control_column in CONTROL_ANNOTATORS else None,
         class_names=base.class_names,
         resolution=args.resolution,
         first_stage=None if other is None else public_name(other),

@@ -24,8 +24,8 @@ from noisycond.errors import InputError, closest, in_one_line, require
 from noisycond.randomness import Purpose
 
 
-ANNOTATIONS = ("caption", "canny", "sam", "mask")  # in the order of the columns
-# B images and their indices to B control images or captions.
+ANNOTATION_COLUMNS = ("caption", "canny", "sam", "mask")  # in the order of the columns
+# B images and their indices to B control images or captions, "" where there is none.
 Annotate = Callable[[Sequence[Image.Image], Sequence[int]], list[Image.Image] | list[str]]
 # Flags that decide the edges and the regions.
 CANNY_CHOICES = ("canny_low", "canny_high")
@@ -121,11 +121,12 @@ class AnnotationArguments(Arguments):
         return self.dataset_name == "digits" and self.caption_model is None and self.caption_template is None
 
     def _check_annotations(self) -> None:
-        known = ", ".join(sorted(ANNOTATIONS))
+        known = ", ".join(sorted(ANNOTATION_COLUMNS))
         require(self.annotations, f"--annotations is empty; name some of {known}.")
         for name in self.annotations:
             require(
-                name in ANNOTATIONS, f"--annotations {name}: expected some of {known}{closest(name, ANNOTATIONS)}."
+                name in ANNOTATION_COLUMNS,
+                f"--annotations {name}: expected some of {known}{closest(name, ANNOTATION_COLUMNS)}.",
             )
             require(self.annotations.count(name) == 1, f"--annotations: {name} is named twice.")
 
@@ -146,7 +147,7 @@ def described(args: AnnotationArguments) -> dict[str, str]:
         f"{args.sam_pred_iou_thresh:g}, stable above {args.sam_stability_score_thresh:g}, each in a random colour",
         "mask": "what is brighter than Otsu's threshold, white on black",
     }
-    return {column: told[column] for column in ANNOTATIONS if column in args.annotations}
+    return {column: told[column] for column in ANNOTATION_COLUMNS if column in args.annotations}
 
 
 def annotated_with(arguments: Mapping[str, object], facts: Mapping[str, object]) -> dict[str, object]:
@@ -163,7 +164,7 @@ class Annotators:
     """What annotates.
 
     Attributes:
-        by_column: an [`Annotate`] for each column, in the order of [`ANNOTATIONS`].
+        by_column: an [`Annotate`] for each column, in the order of [`ANNOTATION_COLUMNS`].
         facts: hashes of what the result rests on beside flags and images, as JSON values.
     """
 
@@ -178,7 +179,7 @@ def open_annotators(args: AnnotationArguments, source: ImageSource, device: torc
         InputError: a model cannot be opened, or there is nothing to make captions of.
     """
     opened = Annotators({}, {})
-    for column in ANNOTATIONS:
+    for column in ANNOTATION_COLUMNS:
         if column in args.annotations:
             opened.by_column[column] = _open(column, args, source, device, opened.facts)
     return opened
@@ -230,10 +231,11 @@ def _spoken(class_name: str) -> str:
 
 
 def _drawn(captions: Sequence[Sequence[str]], seed: int) -> list[str]:
-    """One of each example's captions."""
-    counts = torch.tensor([len(own) for own in captions], dtype=torch.int64)
-    places = randomness.randint(seed, Purpose.CAPTION_CHOICE, torch.arange(len(captions)), counts)
-    return [own[place] if own else "" for own, place in zip(captions, places.tolist(), strict=True)]
+    """One of each example's captions that are not empty; "" where there is none."""
+    filled = [[text for text in own if text] for own in captions]
+    counts = torch.tensor([len(own) for own in filled], dtype=torch.int64)
+    places = randomness.randint(seed, Purpose.CAPTION_CHOICE, torch.arange(len(filled)), counts)
+    return [own[place] if own else "" for own, place in zip(filled, places.tolist(), strict=True)]
 
 
 def painted(masks: Sequence[np.ndarray], size: tuple[int, int], seed: int, index: int) -> Image.Image:
@@ -275,6 +277,8 @@ class Segmenter:
             lambda: AutoImageProcessor.from_pretrained(name),
         )
         self.fingerprint = _fingerprint(model, processor)
+        # What follows the model compares its scores with boxes of float32, and refuses other scores.
+        model.register_forward_hook(lambda module, inputs, outputs: _in_float32(outputs))
         self.generate = pipeline("mask-generation", model=model.eval(), image_processor=processor, device=device)
         self.seed = args.seed
         self.options = {
@@ -339,6 +343,14 @@ class Captioner:
         inputs = inputs.to(self.model.device, self.model.dtype)
         tokens = self.model.generate(**inputs, max_new_tokens=self.max_tokens, do_sample=False, num_beams=1)
         return [text.strip() for text in self.processor.batch_decode(tokens, skip_special_tokens=True)]
+
+
+def _in_float32(outputs):
+    """The output of a model of transformers with its tensors in float32."""
+    for name, value in outputs.items():
+        if isinstance(value, torch.Tensor) and value.is_floating_point():
+            outputs[name] = value.float()
+    return outputs
 
 
 def _dtype(args: AnnotationArguments) -> torch.dtype:

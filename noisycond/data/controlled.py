@@ -15,23 +15,27 @@ from noisycond.errors import InputError, in_one_line, require
 
 
 LOOKED_AT = 32  # examples, when a run starts
+THIN = ("canny",)  # lines of a pixel fade or break when they are resized
+FLAT = ("mask", "sam")  # areas of one value or colour each: interpolation would mix them at their borders
 
 
 class Controls:
-    """The control images of a source.
+    """The control images of a source. Edges are used at the size they were found at; masks are resized to the nearest
+    pixel, others by linear interpolation.
 
     Args:
         source: the images. column: where their controls stand. transform: that of the images. option: for messages.
 
     Raises:
-        InputError: there is no such column, or a control of the first examples is not of its image's size.
+        InputError: there is no such column, or a control of the first examples is not of its image's size, or has
+            edges and would have to be resized.
     """
 
     def __init__(self, source: ImageSource, column: str, transform: Transform, option: str = "--control_column"):
         source.check_control(column, option)
         self.source, self.column = source, column
         # Others overshoot at sharp edges, of which controls consist.
-        self.transform = replace(transform, interpolation="bilinear")
+        self.transform = replace(transform, interpolation="nearest" if column in FLAT else "bilinear")
         for index in range(min(LOOKED_AT, len(source))):
             try:
                 sizes = self.sizes(index)
@@ -42,23 +46,36 @@ class Controls:
                 f"{option} {column}: the control of {source.name(index)} is {_size(sizes[1])}, but the image "
                 f"{_size(sizes[0])}; annotate the images as they are, for example with prepare_dataset.py.",
             )
+            require(
+                self._is_kept(sizes[1]),
+                f"{option} {column}: the control of {source.name(index)} is {_size(sizes[1])}, but "
+                f"{transform.resolution} a side are needed, and resizing would wipe out edges; prepare the images at "
+                f"that size: prepare_dataset.py --resolution {transform.resolution}.",
+            )
 
     def sizes(self, index: int) -> tuple[tuple[int, int], tuple[int, int]]:
         """Width and height of the image and of its control. Raises what [`ImageSource.read`] raises."""
         resolution = self.transform.resolution
         return self.source.size(index, resolution), self.source.control(self.column, index, resolution).size
 
+    def _is_kept(self, size: tuple[int, int]) -> bool:
+        """Whether a control of this size keeps what it shows."""
+        return self.column not in THIN or min(size) == self.transform.resolution
+
     def read(self, index: int, epoch: int) -> torch.Tensor:
         """The control of an example as its image comes in this epoch: float32 [3, R, R] in [0, 1].
 
         Raises:
-            OSError, ValueError, SyntaxError: it cannot be decoded, or is not of its image's size.
+            OSError, ValueError, SyntaxError: it cannot be decoded, is not of its image's size, or has edges and would
+                have to be resized.
         """
         resolution = self.transform.resolution
         control = self.source.control(self.column, index, resolution)
         size = self.source.size(index, resolution)
         if control.size != size:
             raise ValueError(f"its control is {_size(control.size)}, but the image {_size(size)}")
+        if not self._is_kept(size):
+            raise ValueError(f"its edges are {_size(size)}, but {resolution} a side are needed")
         return (self.transform(control, index, epoch) + 1.0) / 2.0
 
 

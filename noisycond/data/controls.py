@@ -32,4 +32,4 @@ def threshold_mask(image: Image.Image) -> Image.Image:
 
 
 # What a control column of this name is made by, where it is made of the image alone.
-ANNOTATORS = ("canny", "mask", "sam")
+CONTROL_ANNOTATORS = ("canny", "mask", "sam")

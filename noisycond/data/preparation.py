@@ -3,7 +3,7 @@
 FOLDER                             a dataset of `datasets` (`load_from_disk`), with preparation.json and README.md
 FOLDER.preparing                   beside it until that is whole:
     preparation.json               what was asked for, of which data and models
-    chunk-NNNNNN.arrow, .json      examples; a hash of them, and which images could not be read
+    chunk-NNNNNN.arrow, .json      examples; a hash of them, and which images were left out
     dataset                        all chunks together, renamed to FOLDER at last
 """
 
@@ -25,6 +25,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from noisycond.data.annotation import Annotate
+from noisycond.data.captions import NO_CAPTION
 from noisycond.data.images import UNREADABLE, BadImages, Transform
 from noisycond.data.sources import ImageSource
 from noisycond.errors import InputError, in_one_line, require, writing
@@ -46,6 +47,7 @@ MAY_CHANGE = {
     "num_classes",  # the classes themselves are compared
     "sam_model",  # their weights are compared
     "caption_model",
+    "sam_points_per_batch",  # memory alone
     "max_bad_images",
     "cpu_threads_per_process",
 }
@@ -59,7 +61,7 @@ class Preparation:
         transform: makes the images square. annotators: an [`noisycond.data.annotation.Annotate`] for each column.
         batch_size: images that are annotated at once. settings: what decides the result, as JSON values: `arguments`,
             and `facts` of data and models. card: the text of README.md, from the number of examples and the ids of
-            the images that cannot be read.
+            the images that cannot be read or have no caption.
     """
 
     source: ImageSource
@@ -86,17 +88,15 @@ def prepare(asked: Preparation, folder: Path, bad_images: BadImages, accelerator
 
     Raises:
         InputError: the folder holds something else, or a dataset prepared with other settings; too many images cannot
-            be read; it cannot be written there; or another run is at work on it.
+            be read or have no caption; it cannot be written there; or another run is at work on it.
     """
     folder = Path(os.path.abspath(folder))
     making, chunks = folder.with_name(f"{folder.name}.preparing"), asked.chunks()
     with ExitStack() as held:
         if on_main(accelerator, lambda: _claim(folder, making, asked.settings, held)):
             return 0
-        missing = on_main(
-            accelerator, lambda: [number for number in range(len(chunks)) if not _is_made(making, number)]
-        )
-        bad_images.add(on_main(accelerator, lambda: _bad_images(making)), quiet=not accelerator.is_main_process)
+        missing, left_out = on_main(accelerator, lambda: _look_around(making, len(chunks)))
+        bad_images.add(left_out, quiet=not accelerator.is_main_process)
         left = sum(len(chunks[number]) for number in missing)
         with tqdm(
             total=len(asked.source),
@@ -201,24 +201,37 @@ def _chunk(making: Path, number: int) -> Path:
     return making / f"chunk-{number:06d}.arrow"
 
 
-def _is_made(making: Path, number: int) -> bool:
-    path = _chunk(making, number)
-    return path.exists() and path.with_suffix(".json").exists()
-
-
 def _told(making: Path, number: int) -> dict:
     return json.loads(_chunk(making, number).with_suffix(".json").read_text(encoding="utf-8"))
 
 
-def _bad_images(making: Path) -> list[str]:
-    """What the chunks that are made could not read."""
-    numbers = sorted(int(path.stem.removeprefix("chunk-")) for path in making.glob("chunk-*.arrow"))
-    made = [_told(making, number) for number in numbers if _is_made(making, number)]
-    return [name for told in made for name in told["unreadable"].values()]
+def _look_around(making: Path, count: int) -> tuple[list[int], list[str]]:
+    """Which chunks are still to be made, and the names of the images that the others left out."""
+    missing, left_out = [], []
+    for number in range(count):
+        path = _chunk(making, number)
+        if path.exists() and _is_sound(making, number):
+            left_out += _told(making, number)["unreadable"].values()
+            continue
+        missing.append(number)
+        if path.exists():
+            logger.warning("%s is damaged; its images are annotated again.", path)
+    return missing, left_out
+
+
+def _is_sound(making: Path, number: int) -> bool:
+    """Whether a chunk is as it was written."""
+    try:
+        told = _told(making, number)
+        is_whole = isinstance(told["unreadable"], dict) and isinstance(told["examples"], int)
+        with _chunk(making, number).open("rb") as file:
+            return is_whole and told["sha256"] == hashlib.file_digest(file, "sha256").hexdigest()
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def _make(asked: Preparation, making: Path, number: int, bar) -> list[str]:
-    """Makes a chunk; returns the names of the images that cannot be read."""
+    """Makes a chunk; returns the names of the images that are left out."""
     columns: dict[str, list] = {column: [] for column in features_of(asked)}
     unreadable: dict[str, str] = {}
     indices = asked.chunks()[number]
@@ -237,26 +250,27 @@ def _make(asked: Preparation, making: Path, number: int, bar) -> list[str]:
 
 
 def _annotate(asked: Preparation, indices: Sequence[int], columns: dict[str, list]) -> dict[str, str]:
-    """Adds examples to the columns; returns the ids and names of those that cannot be read."""
-    images, readable, unreadable = [], [], {}
+    """Adds examples to the columns; returns the ids and names of those that cannot be read or have no caption."""
+    images, readable, left_out = [], [], {}
     for index in indices:
         try:
             image = asked.source.read(index, asked.transform.resolution)
             images.append(asked.transform.cropped(image, index, epoch=0))
             readable.append(index)
         except UNREADABLE as error:
-            unreadable[_id(asked.source, index)] = f"{asked.source.name(index)} ({in_one_line(error)})"
+            left_out[_id(asked.source, index)] = f"{asked.source.name(index)} ({in_one_line(error)})"
     if not images:
-        return unreadable
-    columns["image"] += map(_png, images)
-    columns["id"] += [_id(asked.source, index) for index in readable]
-    if "label" in columns:
-        columns["label"] += asked.source.labels[readable].tolist()
-    for column, annotate in asked.annotators.items():
-        columns[column] += [
-            _png(made) if isinstance(made, Image.Image) else made for made in annotate(images, readable)
-        ]
-    return unreadable
+        return left_out
+    made = {column: annotate(images, readable) for column, annotate in asked.annotators.items()}
+    for place, index in enumerate(readable):
+        row = {column: annotations[place] for column, annotations in made.items()}
+        if row.get("caption") == "":
+            left_out[_id(asked.source, index)] = f"{asked.source.name(index)} ({NO_CAPTION})"
+            continue
+        row |= {"image": images[place], "label": int(asked.source.labels[index]), "id": _id(asked.source, index)}
+        for column, values in columns.items():
+            values.append(_png(row[column]) if isinstance(row[column], Image.Image) else row[column])
+    return left_out
 
 
 def _id(source: ImageSource, index: int) -> str:
@@ -284,9 +298,8 @@ def features_of(asked: Preparation):
 
 def _as_arrow(columns: dict[str, list], asked: Preparation) -> bytes:
     import pyarrow
-    from datasets import Dataset
 
-    table = Dataset.from_dict(columns, features=features_of(asked)).data.table
+    table = pyarrow.table(columns, schema=features_of(asked).arrow_schema)
     content = io.BytesIO()
     with pyarrow.ipc.new_stream(content, table.schema) as stream:
         stream.write_table(table)
@@ -311,7 +324,7 @@ def _finish(asked: Preparation, folder: Path, making: Path) -> None:
     told = [_told(making, number) for number in range(len(asked.chunks()))]
     count = sum(each["examples"] for each in told)
     unreadable = {key: name for each in told for key, name in each["unreadable"].items()}
-    require(count, f"none of the {len(asked.source)} images can be read: {next(iter(unreadable.values()), '')}.")
+    require(count, f"none of the {len(asked.source)} images can be used: {next(iter(unreadable.values()), '')}.")
     whole = making / "dataset"
     with writing(_where(folder), "the dataset (make room and run the same command again to go on)"):
         fingerprint = hashlib.sha256("".join(each["sha256"] for each in told).encode()).hexdigest()

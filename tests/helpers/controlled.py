@@ -49,8 +49,9 @@ def noise_image(seed: int, width: int = 16, height: int = 16) -> Image.Image:
 
 
 def controlled_rows(count: int = 12, classes: tuple[str, ...] = ("7", "3", "5")) -> dict[str, list]:
-    """Columns of a prepared dataset: images of noise of several sizes, whose control `canny` is the image itself."""
-    images = [noise_image(number, 16 + number % 3, 16 + number % 2) for number in range(count)]
+    """Columns of a prepared dataset: images of noise, some wider or higher than 16×16, whose control `canny` is the
+    image itself."""
+    images = [noise_image(number, 16 + number % 3, 16 + 2 * (number % 3 == 0)) for number in range(count)]
     return {
         "image": images,
         "label": [number % len(classes) for number in range(count)],

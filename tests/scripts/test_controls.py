@@ -213,9 +213,9 @@ def test_classes_are_those_that_adapter_or_base_names(adapters, accelerator, tmp
 
 
 def dataset(folder: Path, **columns) -> Path:
-    """As prepare_dataset.py writes it: six images of 20×24, with controls beside them."""
-    images = [Image.new("RGB", (20, 24), (40 * number,) * 3) for number in range(6)]
-    controls = [Image.new("RGB", (20, 24), (0, 30 * number, 0)) for number in range(6)]
+    """As prepare_dataset.py writes it: six images of 16×20, with controls beside them."""
+    images = [Image.new("RGB", (16, 20), (40 * number,) * 3) for number in range(6)]
+    controls = [Image.new("RGB", (16, 20), (0, 30 * number, 0)) for number in range(6)]
     content = {"image": images, "canny": controls} | columns
     features = {name: datasets.Image() for name in ("image", "canny")}
     if "label" in columns:
@@ -249,6 +249,9 @@ def test_examples_of_a_dataset_give_their_classes_by_name_and_their_captions(tmp
     assert controls.with_captions().prompts.texts == list("abcdef")
     assert controls.control(3, 16).size == (16, 16) and np.asarray(controls.control(3, 16)).max() == 90
     assert np.asarray(controls.target(3, 16)).max() == 120
+    for refused in (controls.control, controls.check):
+        with pytest.raises(InputError, match="16 × 20 pixels, but 8 a side .* --resolution 8"):
+            refused(*([3, 8] if refused == controls.control else [8]))
     assert controls.fingerprint != controls.with_captions().fingerprint
 
     nameless = open_controls("--controls", str(dataset(tmp_path / "y", caption=["a", "", *"cdef"]))).of_column("canny")

@@ -1,21 +1,22 @@
 """prepare_dataset.py: digits and image folders beside their controls and captions; killed and started again."""
 
 import subprocess
-import time
+import sys
 
 import datasets
 import numpy as np
-import psutil
 import pytest
-from launching import ROOT, launch_command
+from launching import ROOT
 from PIL import Image
 from tiny_annotators import tiny_blip, tiny_sam
 from transformers import BlipForConditionalGeneration
 
-from noisycond.data import preparation
 from noisycond.data.controls import canny_edges, threshold_mask
 from noisycond.data.digit_captions import captions_of
 from noisycond.data.sources import Digits
+
+
+prepare_twice = ROOT / "tests/helpers/prepare_twice.py"
 
 
 def contents(folder) -> dict[str, bytes]:
@@ -88,7 +89,7 @@ def test_classes_of_an_image_folder_with_sam_and_blip(script, refused, images, t
     assert "masks of sam" in card and "by blip" in card and "those of classes.txt" in card
 
     other = tiny_sam(tmp_path / "moved")  # the same weights under another name
-    script("prepare_dataset", *words, "--sam_model", other)
+    script("prepare_dataset", *words, "--sam_model", other, "--sam_points_per_batch", 3)
     said = refused("prepare_dataset", *words, "--sam_stability_score_thresh", 0.5, "--canny_high", 150)
     assert "--canny_high was 200 and is 150" in said and "--sam_stability_score_thresh was 0.0 and is 0.5" in said
     (tmp_path / "classes.txt").write_text("2\n1\n")
@@ -107,7 +108,7 @@ def words_of_others(words, tmp_path) -> list[str]:
 
 
 def test_images_without_classes(script, refused, tmp_path):
-    rows = {"picture": [Image.new("RGB", (16, 16), (9 * n, 0, 0)) for n in range(3)], "text": ["a", "b", "c"]}
+    rows = {"picture": [Image.new("RGB", (16, 16), (9 * n, 0, 0)) for n in range(4)], "text": ["a", "b", " ", "d"]}
     features = datasets.Features({"picture": datasets.Image(), "text": datasets.Value("string")})
     datasets.Dataset.from_dict(rows, features=features).save_to_disk(str(tmp_path / "set"))
     words = ["--dataset_name", tmp_path / "set", "--image_column", "picture", "--output_dir", tmp_path / "out"]
@@ -116,8 +117,10 @@ def test_images_without_classes(script, refused, tmp_path):
     assert "no classes to name; give --caption_model" in refused("prepare_dataset", *words)
     script("prepare_dataset", *words, "--caption_column", "text", "--resolution", 16)
     dataset = datasets.load_from_disk(str(tmp_path / "out"))
-    assert dataset["caption"][:] == ["a", "b", "c"] and "label" not in dataset.column_names
-    assert dataset["id"][:] == ["train/0", "train/1", "train/2"]
+    assert dataset["caption"][:] == ["a", "b", "d"] and "label" not in dataset.column_names
+    assert dataset["id"][:] == ["train/0", "train/1", "train/3"]
+    card = (tmp_path / "out/README.md").read_text()
+    assert "could not be read or have no caption: `train/2`" in card
 
 
 CASES = [
@@ -130,7 +133,8 @@ CASES = [
     (["--output_dir", "."], ["--output_dir", "current"]),
     (["--random_flip"], ["unknown flag --random_flip"]),
     (["--cpu_threads_per_process", "0"], ["--cpu_threads_per_process is 0"]),
-    (["--label_column", "none", "--class_subset", "2"], ["--class_subset has no effect"]),
+    (["--label_column", "none", "--class_subset", "2", "--dataset_name", "x"], ["--class_subset has no effect"]),
+    (["--label_column", "none"], ["--label_column has no effect with --dataset_name digits"]),
 ]
 
 
@@ -147,30 +151,14 @@ def test_a_folder_within_the_images_is_refused(refused, images):
     assert f"--output_dir {images}/controls lies in --train_data_dir {images}" in said
 
 
-def test_two_killed_processes_and_one_that_goes_on(script, tmp_path, monkeypatch):
-    """SIGKILL to a launch of two processes; one takes up what they left, and ends bit for bit as one untouched."""
-    words = ["--annotation_batch_size", 4, "--cpu_threads_per_process", 1, "--output_dir"]
-    command = launch_command("prepare_dataset", *words, tmp_path / "cut", processes=2)
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    making, deadline = tmp_path / "cut.preparing", time.monotonic() + 120
-    while len(list(making.glob("chunk-*.arrow"))) < 5:
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.002)
-    killed = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
-    for each in killed:
-        each.kill()
-    process.wait()
-    psutil.wait_procs(killed)
-    made = {path: path.stat().st_mtime_ns for path in making.glob("chunk-*.arrow")}
-    assert 5 <= len(made) < 22 and not (tmp_path / "cut").exists()
-    taken_up = {}
-
-    def put_together(chunks, whole, of=preparation._put_together):
-        taken_up.update({path: path.stat().st_mtime_ns for path in chunks})
-        of(chunks, whole)
-
-    monkeypatch.setattr(preparation, "_put_together", put_together)
-    script("prepare_dataset", *words, tmp_path / "cut")
-    assert len(taken_up) == 23 and {path: taken_up[path] for path in made} == made  # none was made again
-    script("prepare_dataset", *words, tmp_path / "straight")
+def test_two_processes_killed_and_two_that_go_on(script, tmp_path):
+    """SIGKILL to two processes; two others take up what they left, and end bit for bit as one untouched."""
+    words = ["--annotation_batch_size", 4, "--cpu_threads_per_process", 1, "--max_train_samples", 900]
+    command = [sys.executable, prepare_twice, 5, tmp_path / "cut", *words]
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    left, now = (next(line for line in done.stdout.splitlines() if word in line) for word in ("left", " now."))
+    made = left.split()[1:]
+    assert 5 <= len(made) < 14 and f"; {900 - 64 * len(made)} images were annotated now" in now
+    script("prepare_dataset", *words, "--output_dir", tmp_path / "straight")
     assert contents(tmp_path / "cut") == contents(tmp_path / "straight")

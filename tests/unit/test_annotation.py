@@ -121,6 +121,14 @@ def test_a_prompt_begins_every_caption(models, digits):
     assert all(caption.startswith("a big ") for caption in captions) and len(set(captions)) > 1
 
 
+def test_sam_in_half_precision(models, digits):
+    for dtype in ("float16", "bfloat16"):
+        loose = ["--sam_pred_iou_thresh", 0, "--sam_stability_score_thresh", 0, "--sam_points_per_side", 2]
+        segmenter = Segmenter(sam(models, *loose, "--torch_dtype", dtype))
+        assert segmenter.generate.model.dtype == getattr(torch, dtype)
+        assert any(np.array(picture).any() for picture in segmenter(digits, range(3)))
+
+
 def test_half_precision(models, digits):
     captioner = Captioner(blip(models, "--torch_dtype", "bfloat16", "--caption_max_tokens", 3))
     assert captioner.model.dtype == torch.bfloat16 and len(captioner(digits, range(3))) == 3
@@ -210,6 +218,14 @@ def test_captions_of_a_column(tmp_path):
         captions_of(open_source(arguments(*words)), *words, "--caption_column", "txt")
 
 
+def test_one_of_several_captions_is_drawn_among_those_that_are_not_empty():
+    source = Digits("test")
+    lists = [["", f"{index}", "", f"{index}!"] for index in range(len(source))]
+    source.captions = lambda column: lists
+    assert {caption[-1] == "!" for caption in captions_of(source)} == {False, True}
+    assert all(caption.rstrip("!") == f"{index}" for index, caption in enumerate(captions_of(source)))
+
+
 def test_ids_of_wordnet_make_no_captions(tmp_path):
     words = folder_of(tmp_path, ["n01440764", "n01443537"])
     with pytest.raises(InputError, match="ids of WordNet .n01440764.* give --caption_model"):
@@ -225,7 +241,7 @@ def test_no_classes_make_no_captions(tmp_path):
 
 
 def test_the_facts_tell_captions_apart(tmp_path):
-    source = Digits()
+    source = Digits("test")
     facts = [open_annotators(arguments("--seed", seed), source).facts for seed in (0, 0, 1)]
     assert facts[0] == facts[1] != facts[2]
 

@@ -110,9 +110,25 @@ def test_a_control_is_scaled_without_overshoot(tmp_path):
     edge = np.zeros((40, 40, 3), dtype=np.uint8)
     edge[:, 20:] = 200
     image = Image.fromarray(edge)
-    source = prepared(tmp_path / "data", {"image": [image], "label": [0], "canny": [image]})
-    batch = read(examples(source), 0)
+    source = prepared(tmp_path / "data", {"image": [image], "label": [0], "depth": [image]})
+    batch = read(examples(source, "depth"), 0)
     assert batch["control"].max() * 255 <= 200.01 < (batch["pixel_values"].max() + 1) * 127.5
+
+
+def test_masks_are_scaled_without_mixed_colours_and_edges_not_at_all(tmp_path):
+    stripes = np.zeros((40, 40, 3), dtype=np.uint8)
+    stripes[:, 13:24], stripes[:, 24:31] = (250, 10, 90), (20, 160, 30)
+    image, columns = Image.fromarray(stripes), ("mask", "sam", "depth", "canny")
+    source = prepared(tmp_path / "data", {"image": [image], "label": [0]} | dict.fromkeys(columns, [image]))
+    colours = {}
+    for column in columns[:3]:
+        control = read(examples(source, column), 0)["control"][0].flatten(1).T * 255
+        colours[column] = {tuple(colour) for colour in control.round().int().tolist()}
+    assert colours["mask"] == colours["sam"] == {(0, 0, 0), (250, 10, 90), (20, 160, 30)}
+    assert len(colours["depth"]) > 3
+    with pytest.raises(InputError, match=r"canny: .*\[0\].* is 40 × 40 .*but 16 .*prepare_dataset.py --resolution 16"):
+        examples(source)
+    assert read(examples(source, resolution=40), 0)["control"].shape == (1, 3, 40, 40)
 
 
 def test_batches_are_the_same_with_workers(tmp_path):
@@ -151,7 +167,7 @@ def test_a_control_of_another_size_is_refused_at_the_start(tmp_path):
         examples(prepared(tmp_path / "data", rows))
     said = str(caught.value)
     assert "--control_column canny" in said and "[7]" in said and said.count("\n") == 0
-    assert "20 × 16 pixels" in said and "17 × 17 pixels" in said
+    assert "20 × 16 pixels" in said and "17 × 16 pixels" in said
 
 
 LATE = LOOKED_AT + 2
@@ -159,9 +175,10 @@ LATE = LOOKED_AT + 2
 
 @pytest.fixture
 def damaged(tmp_path) -> HuggingFaceDataset:
-    """Past those that are looked at when a run starts: one control of another size, one missing, one that is no
-    image, and an image that is none; and one control that is none at the very start."""
-    rows = controlled_rows(LATE + 6)
+    """Past those that are looked at when a run starts: one control of another size, one missing, an image that is
+    none, and one with its control too large; and one control that is none at the very start."""
+    rows = controlled_rows(LATE + 8)
+    rows["image"][LATE + 4] = rows["canny"][LATE + 4] = noise_image(2, 20, 20)
     rows["canny"][LATE] = noise_image(1, 30, 16)
     rows["canny"][LATE + 1] = None
     rows["image"][LATE + 2] = {"bytes": b"this is no image", "path": None}
@@ -180,10 +197,10 @@ def cached(source, accelerator, tmp_path, bad: BadImages) -> Controlled:
 def test_what_has_no_control_is_named_and_another_stands_in(damaged, accelerator, tmp_path, kind):
     before = BadImages(limit=9)
     dataset = cached(damaged, accelerator, tmp_path, before) if kind == "latents" else examples(damaged)
-    wanted = [3, LATE, LATE + 1, LATE + 2, 0]
+    wanted = [3, LATE, LATE + 1, LATE + 2, 0, LATE + 4]
     batch = read(dataset, *wanted)
     # The one after the two without a control has no image: what stands in for it stands in for them.
-    found = [3, LATE + 3, LATE + 3, LATE + 3, 1]
+    found = [3, LATE + 3, LATE + 3, LATE + 3, 1, LATE + 5]
     assert batch["index"].tolist() == found
     assert batch["position"].tolist() == list(range(len(wanted))) and batch["epoch"].tolist() == [0] * len(wanted)
     assert batch["class_labels"].tolist() == [damaged.labels[index] for index in found]
@@ -192,7 +209,13 @@ def test_what_has_no_control_is_named_and_another_stands_in(damaged, accelerator
         assert torch.equal(batch[name], sound[name])
     assert not torch.equal(sound["control"][0], sound["control"][1])
     names = " ".join(set(batch["bad_images"]) | before.names)
-    for index, reason in ((LATE, "30 × 16 pixels"), (LATE + 1, "no image here"), (LATE + 2, ""), (0, "")):
+    for index, reason in (
+        (LATE, "30 × 16 pixels"),
+        (LATE + 1, "no image here"),
+        (LATE + 2, ""),
+        (0, ""),
+        (LATE + 4, "20 × 20"),
+    ):
         assert f"[{index}]" in names and reason in names
     assert "[3]" not in names and sound["bad_images"] == []
 

@@ -2,6 +2,7 @@
 
 import os
 import subprocess
+from datetime import timedelta
 
 import pytest
 import torch
@@ -11,12 +12,29 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from launching import ROOT
 
 from noisycond import hardware
+from noisycond.arguments import LoopArguments
 from noisycond.errors import InputError
 
 
 CONFIGS = sorted((ROOT / "recipes/accelerate").glob("*.yaml"))
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="a machine without a GPU")
+
+
+def test_processes_of_every_script_wait_long_for_the_main_one(monkeypatch):
+    class Made(Exception):
+        pass
+
+    def make(**options):
+        raise Made(options)
+
+    monkeypatch.setattr(hardware, "Accelerator", make)
+    waits = []
+    for factory, args in ((hardware.make_sampling_accelerator, None), (hardware.make_accelerator, LoopArguments())):
+        with pytest.raises(Made) as made:
+            factory(args)
+        waits += [handler.timeout for handler in made.value.args[0]["kwargs_handlers"]]
+    assert waits == [timedelta(hours=2)] * 2
 
 
 @NO_GPU

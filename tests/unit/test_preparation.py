@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import datasets
 import numpy as np
 import pytest
+from accelerate import Accelerator
 from filelock import FileLock
 from PIL import Image
 
@@ -52,9 +53,13 @@ def annotators() -> Annotators:
     return Annotators()
 
 
-@pytest.fixture
-def asked(annotators) -> Preparation:
-    source = Subset(Digits("train"), np.arange(5, 36))
+@pytest.fixture(scope="module")
+def digits() -> Digits:
+    return Digits("train")
+
+
+def preparation_of(digits: Digits, annotators: Annotators) -> Preparation:
+    source = Subset(digits, np.arange(5, 36))
     settings = {"arguments": {"seed": 0, "canny_low": 100, "output_dir": "a"}, "facts": {"dataset": "abc"}}
     return Preparation(
         source,
@@ -66,6 +71,11 @@ def asked(annotators) -> Preparation:
     )
 
 
+@pytest.fixture
+def asked(digits, annotators) -> Preparation:
+    return preparation_of(digits, annotators)
+
+
 def run(asked, folder, accelerator, limit: int = 10) -> int:
     return prepare(asked, folder, BadImages(limit), accelerator)
 
@@ -74,12 +84,20 @@ def contents(folder) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
+@pytest.fixture(scope="module")
+def finished(digits, tmp_path_factory) -> Path:
+    """The folder of a run that was never touched."""
+    folder = tmp_path_factory.mktemp("finished") / "straight"
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(preparation, "CHUNK", 6)
+        assert run(preparation_of(digits, Annotators()), folder, Accelerator(cpu=True)) == 31
+    return folder
+
+
 @pytest.fixture
-def straight(asked, tmp_path, accelerator) -> dict[str, bytes]:
-    """What a run that was never touched leaves."""
-    assert run(asked, tmp_path / "straight", accelerator) == 31
-    asked.annotators["canny"].__self__.seen.clear()
-    return contents(tmp_path / "straight")
+def straight(finished) -> dict[str, bytes]:
+    """What is in it."""
+    return contents(finished)
 
 
 # What is in it
@@ -120,17 +138,17 @@ def test_images_are_cropped_to_their_centre(asked, tmp_path, accelerator):
     assert (np.array(image) == np.array(wide)[:, 8:32]).all()
 
 
-def test_it_is_divided_into_shards(asked, tmp_path, straight, accelerator, monkeypatch):
+def test_it_is_divided_into_shards(asked, tmp_path, finished, straight, accelerator, monkeypatch):
     size = len(straight["data-00000-of-00001.arrow"])
     monkeypatch.setattr(preparation, "SHARD_BYTES", size // 2)
     run(asked, tmp_path / "x", accelerator)
     assert len(list((tmp_path / "x").glob("data-*.arrow"))) > 1
-    one, many = (datasets.load_from_disk(str(tmp_path / name)) for name in ("straight", "x"))
+    one, many = (datasets.load_from_disk(str(folder)) for folder in (finished, tmp_path / "x"))
     assert one[:] == many[:] and one._fingerprint == many._fingerprint
 
 
-def test_another_content_has_another_fingerprint(asked, tmp_path, straight, accelerator):
-    source = open_source(DataArguments(dataset_name=str(tmp_path / "straight"), max_train_samples=31))
+def test_another_content_has_another_fingerprint(asked, tmp_path, finished, accelerator):
+    source = open_source(DataArguments(dataset_name=str(finished), max_train_samples=31))
     asked.annotators["caption"] = lambda images, indices: ["else"] * len(images)
     run(asked, tmp_path / "x", accelerator)
     other = open_source(DataArguments(dataset_name=str(tmp_path / "x"), max_train_samples=31))
@@ -140,7 +158,7 @@ def test_another_content_has_another_fingerprint(asked, tmp_path, straight, acce
 # Interruptions and processes
 
 
-@pytest.mark.parametrize("moment", [1, 7, 20])
+@pytest.mark.parametrize("moment", [1, 20])
 def test_an_interrupted_run_goes_on_to_the_same(asked, annotators, tmp_path, straight, accelerator, moment):
     annotators.stop_after = moment
     with pytest.raises(KeyboardInterrupt):
@@ -227,26 +245,33 @@ def test_what_a_kill_left_half_written_is_made_anew(asked, tmp_path, straight, a
     assert contents(tmp_path / "x") == straight
 
 
-def test_a_chunk_without_its_facts_is_made_anew(asked, annotators, tmp_path, straight, accelerator):
-    annotators.stop_after = 15
+def test_damaged_chunks_are_made_anew(asked, annotators, tmp_path, straight, accelerator, caplog):
+    """One without its facts, one whose facts are cut, one cut, one with zeros in it; one is sound."""
+    annotators.stop_after = 30
     with pytest.raises(KeyboardInterrupt):
         run(asked, tmp_path / "x", accelerator)
     annotators.stop_after = None
     annotators.seen.clear()
-    (tmp_path / "x.preparing/chunk-000001.json").unlink()
-    (tmp_path / "x.preparing/chunk-000002.arrow.part").write_bytes(b"half")
-    run(asked, tmp_path / "x", accelerator)
-    assert annotators.seen == list(range(6, 31)) and contents(tmp_path / "x") == straight
+    making = tmp_path / "x.preparing"
+    (making / "chunk-000000.json").unlink()
+    for name, keep, zeros in (("1.json", 20, 0), ("2.arrow", 900, 0), ("4.arrow", 900, 40)):
+        path = making / f"chunk-00000{name}"
+        content = path.read_bytes()
+        path.write_bytes(content[:keep] + bytes(zeros) + (content[keep + zeros :] if zeros else b""))
+    (making / "chunk-000005.arrow.part").write_bytes(b"half")
+    assert run(asked, tmp_path / "x", accelerator) == 25 and contents(tmp_path / "x") == straight
+    assert annotators.seen == [*range(18), *range(24, 31)]
+    assert [number for number in range(6) if f"chunk-{number:06d}.arrow is damaged" in caplog.text] == [0, 1, 2, 4]
 
 
 # Other settings, other folders
 
 
-def test_a_finished_folder_is_left(asked, annotators, tmp_path, straight, accelerator):
-    times = {path: path.stat().st_mtime_ns for path in (tmp_path / "straight").iterdir()}
-    assert run(asked, tmp_path / "straight", accelerator) == 0 and not annotators.seen
-    assert times == {path: path.stat().st_mtime_ns for path in (tmp_path / "straight").iterdir()}
-    assert not (tmp_path / "straight.preparing").exists()
+def test_a_finished_folder_is_left(asked, annotators, finished, accelerator):
+    times = {path: path.stat().st_mtime_ns for path in finished.iterdir()}
+    assert run(asked, finished, accelerator) == 0 and not annotators.seen
+    assert times == {path: path.stat().st_mtime_ns for path in finished.iterdir()}
+    assert not finished.with_name("straight.preparing").exists()
 
 
 @pytest.mark.parametrize("state", ["begun", "finished"])
@@ -292,7 +317,7 @@ def test_a_folder_that_another_run_works_on_is_refused(asked, tmp_path, accelera
     assert run(asked, tmp_path / "x", accelerator) == 31
 
 
-@pytest.mark.parametrize("file", ["preparation.json", "chunk-000001.arrow", "chunk-000002.json", "state.json"])
+@pytest.mark.parametrize("file", ["preparation.json", "chunk-000001.arrow", "state.json"])
 def test_a_full_disk_is_one_sentence_and_nothing_saved_is_lost(
     asked, annotators, tmp_path, straight, accelerator, monkeypatch, file
 ):
@@ -320,7 +345,7 @@ def test_a_full_disk_is_one_sentence_and_nothing_saved_is_lost(
         with pytest.raises(InputError, match="--output_dir .*x.*: no space left while writing"):
             run(asked, tmp_path / "x", accelerator)
     assert not (tmp_path / "x").exists()
-    kept = {"preparation.json": 0, "chunk-000001.arrow": 6, "chunk-000002.json": 12, "state.json": 31}[file]
+    kept = {"preparation.json": 0, "chunk-000001.arrow": 6, "state.json": 31}[file]
     annotators.seen.clear()
     assert run(asked, tmp_path / "x", accelerator) == 31 - kept and annotators.seen == list(range(kept, 31))
     assert contents(tmp_path / "x") == straight
@@ -332,8 +357,8 @@ def test_a_full_disk_is_one_sentence_and_nothing_saved_is_lost(
 class Broken(ImageSource):
     """Digits, of which some cannot be read."""
 
-    def __init__(self, broken):
-        self.digits, self.broken = Subset(Digits("train"), np.arange(20)), broken
+    def __init__(self, digits, broken):
+        self.digits, self.broken = Subset(digits, np.arange(20)), broken
         self.labels, self.class_names = self.digits.labels, self.digits.class_names
         self.fingerprint = self.digits.fingerprint
 
@@ -347,20 +372,29 @@ class Broken(ImageSource):
         return f"{index}.png"
 
 
-def test_broken_images_are_named_and_left_out(asked, annotators, tmp_path, accelerator, caplog):
-    asked.source = Broken({4, *range(6, 12)})  # with a chunk of nothing else
+def test_broken_images_and_those_without_a_caption_are_named_and_left_out(
+    asked, digits, annotators, tmp_path, accelerator, caplog
+):
+    asked.source = Broken(digits, {4, *range(6, 12)})  # with a chunk of nothing else
+    asked.annotators["caption"] = lambda images, indices: ["" if index == 13 else f"{index}" for index in indices]
     run(asked, tmp_path / "x", accelerator)
     dataset = datasets.load_from_disk(str(tmp_path / "x"))
-    kept = [0, 1, 2, 3, 5, *range(12, 20)]
-    assert dataset["id"][:] == [f"{index}.png" for index in kept] and annotators.seen == kept
+    kept = [0, 1, 2, 3, 5, 12, *range(14, 20)]
+    assert dataset["id"][:] == [f"{index}.png" for index in kept]
+    assert dataset["caption"][:] == [f"{index}" for index in kept]
+    for row, index in zip(dataset, kept, strict=True):
+        assert (np.array(row["canny"]) == np.array(canny_edges(row["image"]))).all()
+        assert (np.array(row["image"]) == np.array(digits.read(index, 16))).all()
+    assert annotators.seen == sorted([*kept, 13])
     assert dataset["label"][:] == asked.source.labels[kept].tolist()
     assert "/data/4.png (cannot identify image file)" in caplog.text and "/data/11.png" in caplog.text
-    named = [f"{index}.png" for index in (4, *range(6, 12))]
-    assert (tmp_path / "x/README.md").read_text() == f"13 examples, without {named}"
+    assert "/data/13.png (it has no caption)" in caplog.text
+    named = [f"{index}.png" for index in (4, *range(6, 12), 13)]
+    assert (tmp_path / "x/README.md").read_text() == f"12 examples, without {named}"
 
 
-def test_too_many_broken_images_stop_the_run_and_more_may_be_allowed(asked, annotators, tmp_path, accelerator):
-    asked.source = Broken({1, 7, 14})
+def test_too_many_broken_images_stop_the_run_and_more_may_be_allowed(asked, digits, annotators, tmp_path, accelerator):
+    asked.source = Broken(digits, {1, 7, 14})
     with pytest.raises(InputError, match=r"3 images .* more than --max_bad_images 2: /data/1\.png"):
         run(asked, tmp_path / "x", accelerator, limit=2)
     seen = len(annotators.seen)
@@ -372,9 +406,9 @@ def test_too_many_broken_images_stop_the_run_and_more_may_be_allowed(asked, anno
     assert len(datasets.load_from_disk(str(tmp_path / "x"))) == 17
 
 
-def test_no_image_can_be_read(asked, tmp_path, accelerator):
-    asked.source = Broken(range(20))
-    with pytest.raises(InputError, match="none of the 20 images can be read"):
+def test_no_image_can_be_read(asked, digits, tmp_path, accelerator):
+    asked.source = Broken(digits, range(20))
+    with pytest.raises(InputError, match="none of the 20 images can be used: /data/0.png"):
         run(asked, tmp_path / "x", accelerator, limit=20)
     assert not (tmp_path / "x").exists()
 
