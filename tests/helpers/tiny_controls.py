@@ -66,5 +66,5 @@ def tiny_adapter_folder(folder: Path, condition: str, column: str = "canny") -> 
     controlnet = _noisy(ControlNetModel.from_unet(base.unet, conditioning_embedding_out_channels=(4, 8)))
     facts = AdapterFacts(str(base_folder), None, condition, "controlnet", column, column)
     folder.mkdir()
-    save_adapter(controlnet, assemble(base, controlnet), facts, folder)
+    save_adapter(controlnet, assemble(base, controlnet), facts, {"base": str(base_folder)}, folder)
     return folder

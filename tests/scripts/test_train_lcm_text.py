@@ -19,6 +19,7 @@ from text_pipelines import SIZE
 
 from noisycond import pictures, sampling
 from noisycond.arguments import parse_arguments
+from noisycond.condition_kinds import arguments_class
 from noisycond.evaluation.in_training import EvaluationArguments
 from noisycond.training_state import AveragedWeights
 
@@ -228,7 +229,7 @@ def test_the_flags_are_those_of_what_the_teacher_takes(text_folders, tmp_path, m
     script = load_script(SCRIPT)
 
     def chosen(*argv) -> str:
-        return script.arguments_class(list(map(str, argv))).__name__
+        return arguments_class(list(map(str, argv)), script.STARTED).__name__
 
     assert chosen() == chosen("--help") == chosen("--pretrained_teacher_model", "nowhere") == "ClassLCMArguments"
     assert chosen("--pretrained_teacher_model", text_folders / "ldm") == "TextLCMArguments"
