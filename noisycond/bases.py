@@ -45,6 +45,7 @@ from noisycond.noise_schedule import make_betas, schedule_of_scheduler
 from noisycond.objective import PREDICTION_TYPES, DiffusionObjective
 from noisycond.perturbation import ConditionEmbeddingPerturbation
 from noisycond.run_folder import RunFolder
+from noisycond.sampling import image_size
 from noisycond.text_conditional import cache_texts, keep_captions, mask_word_of, text_conditions
 from noisycond.training_state import Tally
 
@@ -135,6 +136,11 @@ class Base(ABC):
         check_latents(
             FLAG, self.args.pretrained_model_name_or_path, self.unet.config, self.first_stage, self.args.resolution
         )
+
+    def _evaluation_controls(self, of_captions: bool = False) -> ControlSet:
+        controls = evaluation_controls(self.args, of_captions=of_captions)
+        controls.check(image_size(self.pipeline))
+        return controls
 
     def shown(self) -> Shown:
         """What sample grids show: of digits held-out ones, a row per class, else training examples, spread evenly."""
@@ -309,7 +315,7 @@ class ClassBase(Base):
         return encoder.requires_grad_(False)
 
     def evaluation(self) -> TrainingEvaluation:
-        controls = evaluation_controls(self.args)
+        controls = self._evaluation_controls()
         return TrainingEvaluation(self.args, self.class_names or self.data.source.class_names, controls=controls)
 
     def batches(self, accelerator: Accelerator) -> Batches:
@@ -408,7 +414,7 @@ class TextBase(Base):
         return text
 
     def evaluation(self) -> TrainingEvaluation:
-        controls = evaluation_controls(self.args, of_captions=True)
+        controls = self._evaluation_controls(of_captions=True)
         return TrainingEvaluation(self.args, prompts=controls.prompts, controls=controls)
 
     def batches(self, accelerator: Accelerator) -> Batches:
