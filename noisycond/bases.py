@@ -46,6 +46,7 @@ from noisycond.noise_schedule import make_betas, schedule_of_scheduler
 from noisycond.objective import PREDICTION_TYPES, DiffusionObjective
 from noisycond.perturbation import ConditionEmbeddingPerturbation
 from noisycond.run_folder import RunFolder
+from noisycond.sampling import image_size
 from noisycond.text_conditional import cache_texts, keep_captions, mask_word_of, text_conditions
 from noisycond.training_state import Tally
 
@@ -150,6 +151,11 @@ class Base(ABC):
                 self.args.resolution,
             )
         draw_at(self.pipeline, self.args.resolution)
+
+    def _evaluation_controls(self, of_captions: bool = False) -> ControlSet:
+        controls = evaluation_controls(self.args, of_captions=of_captions)
+        controls.check(image_size(self.pipeline))
+        return controls
 
     def shown(self) -> Shown:
         """What sample grids show: of digits held-out ones, a row per class, else training examples, spread evenly."""
@@ -317,7 +323,7 @@ class ClassBase(Base):
         return encoder.requires_grad_(False)
 
     def evaluation(self) -> TrainingEvaluation:
-        controls = evaluation_controls(self.args)
+        controls = self._evaluation_controls()
         return TrainingEvaluation(self.args, self.class_names or self.data.source.class_names, controls=controls)
 
     def batches(self, accelerator: Accelerator) -> Batches:
@@ -416,7 +422,7 @@ class TextBase(Base):
         return text
 
     def evaluation(self) -> TrainingEvaluation:
-        controls = evaluation_controls(self.args, of_captions=True)
+        controls = self._evaluation_controls(of_captions=True)
         return TrainingEvaluation(self.args, prompts=controls.prompts, controls=controls)
 
     def batches(self, accelerator: Accelerator) -> Batches:

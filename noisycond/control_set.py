@@ -150,8 +150,9 @@ class ControlSet:
         Raises:
             InputError: it cannot be read, is not of its image's size, or see [`Controls`]; names it.
         """
+        reader = self._reader(side)
         try:
-            return to_pil_image((self._reader(side).read(place, 0) * 255).round().byte())
+            return to_pil_image((reader.read(place, 0) * 255).round().byte())
         except UNREADABLE as error:
             raise self._unreadable(place, "control image", error) from error
 

@@ -136,7 +136,6 @@ def evaluation_controls(args, annotator: str | None = None, of_captions: bool = 
     require(name is not None, "--eval_steps needs --eval_controls: what is to be drawn after.")
     controls = open_controls("--eval_controls", name, args.eval_controls_split)
     controls = controls.of_column(args.control_column, annotator)
-    controls.check(args.resolution)
     if not of_captions:
         return controls
     return controls.with_captions(getattr(args, "caption_column", None), "--caption_column")

@@ -505,6 +505,9 @@ def test_a_control_of_another_size_is_refused_before_anything_is_written(refused
     data = with_control(tmp_path, noise_image(0, 40, 16))
     said = refused(ADAPTER, *flags(dataset_name=data))
     assert "40 × 16 pixels" in said and "--control_column canny" in said and not (tmp_path / "run").exists()
+    measured = {"eval_steps": 1, "eval_num_images": 2, "eval_metrics": "edge_f1", "eval_controls": data}
+    said = refused(ADAPTER, *flags(**measured))
+    assert "40 × 16 pixels" in said and not (tmp_path / "run").exists()
 
 
 def test_images_without_controls_say_how_to_get_them(refused, flags, tmp_path):
