@@ -20,6 +20,7 @@ try:
 
     from noisycond import checkpoints, dry_run, hardware, hub, pictures, randomness, trainer
     from noisycond.arguments import DataArguments, HubArguments, LoopArguments, flag, parse_arguments
+    from noisycond.begin import begin
     from noisycond.cards import first_stage_card, public_name
     from noisycond.data.opening import open_batches, open_training_data
     from noisycond.data.sources import open_source
@@ -164,10 +165,7 @@ def main(argv: list[str] | None = None) -> None:
         with torch.device("meta"):
             model = Reconstruction(build_autoencoder(args), args.kl_weight, args.seed)
         return dry_run.report(args, model, dry_run.open_what_is_here(args), {})
-    run = RunFolder(args.output_dir)
-    accelerator = hardware.make_accelerator(args)
-    on_main(accelerator, lambda: run.check(args))
-    repo_id = on_main(accelerator, lambda: hub.check(args))
+    run, accelerator, repo_id = begin(args)
     data = open_training_data(args)
     held_out = data.images
     if args.validation_split is not None:

@@ -13,7 +13,7 @@ from pathlib import Path
 try:
     import torch
 
-    from noisycond import checkpoints, dry_run, hardware, hub, trainer
+    from noisycond import checkpoints, dry_run, hardware, trainer
     from noisycond.arguments import (
         CorruptionArguments,
         FirstStageArguments,
@@ -26,6 +26,7 @@ try:
         flag,
         parse_arguments,
     )
+    from noisycond.begin import begin
     from noisycond.cards import class_conditional_card
     from noisycond.class_conditional import (
         SampleGridArguments,
@@ -45,7 +46,7 @@ try:
     from noisycond.objective import DiffusionObjective
     from noisycond.perturbation import ConditionEmbeddingPerturbation
     from noisycond.processes import on_main
-    from noisycond.run_folder import RunFolder, claim
+    from noisycond.run_folder import claim
 except ModuleNotFoundError as error:
     sys.exit(f"error: {error.name} is not installed; in the checkout, run: pip install -e .")
 
@@ -123,10 +124,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(ClassCondArguments, argv, default_recipe="digits_dit_mini")
     if args.dry_run:
         return rehearse(args)
-    run = RunFolder(args.output_dir)
-    accelerator = hardware.make_accelerator(args)
-    on_main(accelerator, lambda: run.check(args))
-    repo_id = on_main(accelerator, lambda: hub.check(args))
+    run, accelerator, repo_id = begin(args)
 
     require(args.pretrained_vae_model_name_or_path is not None, "--pretrained_vae_model_name_or_path is needed.")
     first_stage = open_first_stage(args.pretrained_vae_model_name_or_path, args.seed)

@@ -18,7 +18,7 @@ try:
     import torch
     from torch.func import functional_call
 
-    from noisycond import checkpoints, dry_run, hardware, hub, trainer
+    from noisycond import checkpoints, dry_run, hardware, trainer
     from noisycond.arguments import (
         CorruptionArguments,
         FirstStageArguments,
@@ -30,6 +30,7 @@ try:
         StreamArguments,
         flag,
     )
+    from noisycond.begin import begin
     from noisycond.cards import (
         UNKNOWN_PLACE,
         distillation_card,
@@ -281,10 +282,7 @@ def main(argv: list[str] | None = None) -> None:
     require_whole_average(Layout.of_this_launch().kind in ("fsdp", "zero"))
     if args.dry_run:
         return rehearse(args)
-    run = RunFolder(args.output_dir)
-    accelerator = hardware.make_accelerator(args)
-    on_main(accelerator, lambda: run.check(args))
-    repo_id = on_main(accelerator, lambda: hub.check(args))
+    run, accelerator, repo_id = begin(args)
 
     teaching = TEACHINGS[type(args)].open(args, accelerator)
     data, student = teaching.data, teaching.student()

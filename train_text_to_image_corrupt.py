@@ -16,7 +16,7 @@ from pathlib import Path
 try:
     import torch
 
-    from noisycond import checkpoints, dry_run, hardware, hub, trainer
+    from noisycond import checkpoints, dry_run, hardware, trainer
     from noisycond.arguments import (
         FirstStageArguments,
         HubArguments,
@@ -26,6 +26,7 @@ try:
         PerturbationArguments,
         parse_arguments,
     )
+    from noisycond.begin import begin
     from noisycond.captions import CaptionTally
     from noisycond.data.caption_options import CaptionCorruptionArguments, CaptionDataArguments
     from noisycond.data.opening import open_batches, open_training_data
@@ -38,7 +39,7 @@ try:
     from noisycond.noise_schedule import build_objective
     from noisycond.objective import DiffusionObjective
     from noisycond.processes import on_main
-    from noisycond.run_folder import RunFolder, claim
+    from noisycond.run_folder import claim
     from noisycond.text_conditional import (
         PromptGridArguments,
         build,
@@ -110,10 +111,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(TextToImageArguments, argv, default_recipe="digits_text")
     if args.dry_run:
         return rehearse(args)
-    run = RunFolder(args.output_dir)
-    accelerator = hardware.make_accelerator(args)
-    on_main(accelerator, lambda: run.check(args))
-    repo_id = on_main(accelerator, lambda: hub.check(args))
+    run, accelerator, repo_id = begin(args)
 
     model, objective, noise_schedule = open_text_model(args)
     first_stage = model.first_stage

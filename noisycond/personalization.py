@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from diffusers import ControlNetModel, DiffusionPipeline
 
-from noisycond import checkpoints, dry_run, hardware, hub, sampling, trainer
+from noisycond import checkpoints, dry_run, hardware, sampling, trainer
 from noisycond.arguments import (
     CorruptionArguments,
     DataArguments,
@@ -28,6 +28,7 @@ from noisycond.arguments import (
     flag,
 )
 from noisycond.bases import BASES, DOING, FLAG, Base, Shown
+from noisycond.begin import begin
 from noisycond.cards import UNKNOWN_PLACE, distilled_call, personalization_card, public_name
 from noisycond.condition_kinds import CAPTIONS, LABELS, Started
 from noisycond.control_check import ControlCheck
@@ -304,10 +305,7 @@ def personalize(args: PersonalizationArguments, make_backbone: MakeBackbone, scr
     """
     if args.dry_run:
         return rehearse(args, make_backbone)
-    run = RunFolder(args.output_dir)
-    accelerator = hardware.make_accelerator(args)
-    on_main(accelerator, lambda: run.check(args))
-    repo_id = on_main(accelerator, lambda: hub.check(args))
+    run, accelerator, repo_id = begin(args)
 
     base = base_class(args).open(args, accelerator)
     data, objective = base.data, base.objective()
