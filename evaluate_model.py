@@ -110,15 +110,9 @@ class EvaluateArguments(SamplingArguments, MetricArguments):
             self.train_data = "digits"
 
 
-def refuse_flags_without_effect(
-    args: EvaluateArguments, real: RealImages | None, annotators: Collection[str | None]
-) -> None:
+def refuse_flags_without_effect(args: EvaluateArguments, real: RealImages | None) -> None:
     """Raises InputError for a flag on the command line that can do nothing here. A recipe's values are left alone:
-    they are meant for more than one use.
-
-    Args:
-        annotators: what made the controls that images are drawn after; none where there are no controls.
-    """
+    they are meant for more than one use."""
     of_pipelines = {item.name for item in fields(SamplingArguments)} - {"recipe", "cpu_threads_per_process"}
     of_pipelines |= {"guidance_scale", "seeds", "walk_class", "walk_prompt"}
     idle = {name: "without --pipeline" for name in of_pipelines if not args.pipeline}
@@ -137,14 +131,28 @@ def refuse_flags_without_effect(
     for name, family in (("classifier", "class_agreement"), ("lpips_similarity", "lpips"), ("lpips_pairs", "lpips")):
         if family not in families:
             idle[name] = "with these --metrics"
+    for name in ("clip_model", "clip_prompt"):
+        if "clip_score" not in args.metrics:
+            idle[name] = "without --metrics clip_score"
+    _refuse_idle(args, idle)
+
+
+def refuse_choices_of_no_control(args: EvaluateArguments, annotators: Collection[str | None]) -> None:
+    """The same for choices of the metrics of control.
+
+    Args:
+        annotators: what made the controls that images are drawn after; none where there are no controls.
+    """
+    families, idle = families_of(args.metrics), {}
     for name, (family, annotator) in CHOICES_OF_CONTROL.items():
         if family not in families:
             idle[name] = "with these --metrics"
         elif annotator not in annotators:
             idle[name] = f"without controls by `{annotator}`"
-    for name in ("clip_model", "clip_prompt"):
-        if "clip_score" not in args.metrics:
-            idle[name] = "without --metrics clip_score"
+    _refuse_idle(args, idle)
+
+
+def _refuse_idle(args: EvaluateArguments, idle: dict[str, str]) -> None:
     found = sorted(args.given & idle.keys())
     require(not found, f"--{found[0] if found else ''} has no effect {idle[found[0]] if found else ''}; leave it off.")
 
@@ -197,13 +205,14 @@ def main(argv: list[str] | None = None) -> None:
     check_cards(subjects if args.update_card else ())
     members = [member for subject in subjects for member in subject.members]
     prompts, controls = named_conditions(args, members) if args.pipeline else (None, None)
+    real = open_real("--reference", args.reference, args.reference_split)
+    train = open_real("--train_data", args.train_data, "train")
+    refuse_flags_without_effect(args, real)
     sets = open_sets(option, subjects, None) if args.images else []
     controlled = [controls_of(member, controls, args.control_column) for member in members] if args.pipeline else []
     controlled = [given for given in (*controlled, *(each.source.controls for each in sets)) if given is not None]
     annotators = {given.annotator for given in controlled}
-    real = open_real("--reference", args.reference, args.reference_split)
-    train = open_real("--train_data", args.train_data, "train")
-    refuse_flags_without_effect(args, real, annotators)
+    refuse_choices_of_no_control(args, annotators)
     made_with = [given.made_with for given in controlled]
     args.annotate_as(made_with)
     instruments = Instruments.open(args, args.reference == "digits", accelerator.device, "sam" in annotators)
