@@ -3,8 +3,8 @@
 edges, masks) and captions beside them; on any number of processes, resumable.
 
 accelerate launch prepare_dataset.py                            # handwritten digits, into runs/digits-controls
-accelerate launch prepare_dataset.py --train_data_dir imagenet/train --class_subset 100 --output_dir imagenet100
-    --annotations canny sam caption --sam_model facebook/sam-vit-base
+accelerate launch prepare_dataset.py --train_data_dir imagenet/train --class_subset 100 --output_dir imagenet100 \
+    --annotations canny sam caption --sam_model facebook/sam-vit-base \
     --caption_model Salesforce/blip-image-captioning-base
 """
 
