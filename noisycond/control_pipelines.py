@@ -123,6 +123,15 @@ def _place(name: str, what: str, said: str | None) -> str | None:
         return said
 
 
+def base_of(name: str) -> str:
+    """Where the base of an adapter folder lies: a folder here, or what others read.
+
+    Raises:
+        InputError: see [`adapter_facts`].
+    """
+    return _place(name, "base", adapter_facts(name).base)
+
+
 def open_control_pipeline(name: str, base: str | None = None) -> DiffusionPipeline:
     """The control pipeline of an adapter folder or Hub id, in float32.
 
@@ -134,7 +143,7 @@ def open_control_pipeline(name: str, base: str | None = None) -> DiffusionPipeli
     """
     facts = adapter_facts(name)
     adapter = _open_adapter(name, facts.condition)
-    known = base or _place(name, "base", facts.base)
+    known = base or base_of(name)
     flag = f"--base_pipeline {base}" if base else f"--pipeline {name}: its base {known}"
     try:
         pipeline = open_base(known, None if base else facts.revision)

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from noisycond import sampling
 from noisycond.arguments import SamplingArguments
-from noisycond.control_pipelines import AdapterFacts, adapter_facts, is_adapter, open_control_pipeline
+from noisycond.control_pipelines import AdapterFacts, adapter_facts, base_of, is_adapter, open_control_pipeline
 from noisycond.control_set import CONTROL_COLUMN, CONTROL_KEY, ControlSet, open_controls
 from noisycond.errors import InputError, in_one_line, require, writing
 from noisycond.processes import on_all, on_main
@@ -257,21 +257,26 @@ def open_for_drawing(
         pipeline.to(getattr(torch, args.torch_dtype))
     opened = OpenPipeline(name, pipeline, sampling.fingerprint(pipeline), None, None, prompts)
     opened.controls = controls_of(name, controls, args.control_column)
-    opened.base = None if facts is None else args.base_pipeline or facts.base
+    whole = name if facts is None else args.base_pipeline or base_of(name)
+    opened.base = None if facts is None else whole
     if prompts is not None:
         opened.class_names = prompts.class_names
         return opened
-    opened.num_classes = sampling.number_of_classes(pipeline, opened.base or name)
-    opened.class_names = _class_names(opened, facts, is_own_base=args.base_pipeline is None)
+    opened.num_classes = sampling.number_of_classes(pipeline, whole)
+    opened.class_names = _class_names(opened, whole, facts, is_own_base=args.base_pipeline is None)
     if controls is not None:
         opened.control_labels = controls.labels(opened.class_names, opened.num_classes, name)
     return opened
 
 
-def _class_names(opened: OpenPipeline, facts: AdapterFacts | None, is_own_base: bool) -> list[str] | None:
+def _class_names(opened: OpenPipeline, whole: str, facts: AdapterFacts | None, is_own_base: bool) -> list[str] | None:
     """What the K labels mean. Of an adapter's own base its adapter.json knows best, where a user may have said it;
-    another base that names its classes does."""
-    named = sampling.class_names(opened.base or opened.name)
+    another base that names its classes does.
+
+    Args:
+        whole: the pipeline, or the base of an adapter folder.
+    """
+    named = sampling.class_names(whole)
     told = None if facts is None else facts.class_names
     if told is None or len(told) != opened.num_classes:
         return named

@@ -64,7 +64,7 @@ def tiny_adapter_folder(folder: Path, condition: str, column: str = "canny") -> 
         change_json(write_ldm(base_folder) / "model_index.json", id2label=names)
         base = LDMClassToImagePipeline.from_pretrained(base_folder)
     controlnet = _noisy(ControlNetModel.from_unet(base.unet, conditioning_embedding_out_channels=(4, 8)))
-    facts = AdapterFacts(str(base_folder), None, condition, "controlnet", column, column)
+    facts = AdapterFacts(base_folder.name, None, condition, "controlnet", column, column)
     folder.mkdir()
     save_adapter(controlnet, assemble(base, controlnet), facts, {"base": str(base_folder)}, folder)
     return folder
