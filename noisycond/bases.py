@@ -4,6 +4,7 @@ control them from.
 Letters: B examples, K classes, R the resolution.
 """
 
+import functools
 import logging
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -37,7 +38,6 @@ from noisycond.denoisers.class_pipelines import (
 )
 from noisycond.denoisers.conditional import ClassEncoder, ConditionalDenoiser
 from noisycond.denoisers.control import ControlledUNet
-from noisycond.denoisers.presets import Preset
 from noisycond.denoisers.text_pipelines import TextPipeline, open_text_pipeline, peek_text_pipeline
 from noisycond.errors import InputError, require
 from noisycond.evaluation.in_training import TrainingEvaluation, evaluation_controls
@@ -80,8 +80,7 @@ class Base(ABC):
         pipeline: as it was opened, in float32; None of one that is only looked at (dry run).
         unet: its own; on the meta device in a dry run. first_stage: the autoencoder; None of one that is not on this
             machine (dry run). factor: of that.
-        schedule: noise schedule and prediction type that it was trained with, as JSON values; preset: the same, and
-            its latents.
+        schedule: noise schedule and prediction type that it was trained with, as JSON values.
         tally: counts what happened to the conditions.
         class_names: what the K labels of a class-conditional base mean, where that is known.
         draws_at: the side of the images that the base draws by itself; it is made to draw at --resolution.
@@ -95,7 +94,6 @@ class Base(ABC):
     first_stage: FirstStage | None
     factor: int
     schedule: dict
-    preset: Preset
     tally: Tally
     class_names: list[str] | None = None
     draws_at: int | None = None
@@ -116,11 +114,17 @@ class Base(ABC):
 
     def objective(self) -> DiffusionObjective:
         """That which the base was trained for."""
-        preset, args = self.preset, self.args
-        betas = make_betas(preset.beta_schedule, preset.beta_start, preset.beta_end, preset.num_train_timesteps)
+        args, known = self.args, self.schedule
+        names = ("beta_schedule", "beta_start", "beta_end", "num_train_timesteps")
+        betas = make_betas(*(known[name] for name in names))
         return DiffusionObjective(
-            betas, preset.prediction_type, args.snr_gamma, args.input_perturbation, seed=args.seed
+            betas, known["prediction_type"], args.snr_gamma, args.input_perturbation, seed=args.seed
         )
+
+    @functools.cached_property
+    def unet_hash(self) -> str:
+        """SHA-256 of the U-Net's weights, which no training changes."""
+        return state_hash(self.unet)
 
     def _take_schedule(self) -> None:
         name = self.args.pretrained_model_name_or_path
@@ -134,7 +138,6 @@ class Base(ABC):
             f"{', '.join(PREDICTION_TYPES)}.",
         )
         self.schedule = schedule
-        self.preset = Preset(latent_channels=self.unet.config.in_channels, factor=self.factor, **schedule)
 
     def _check_latents(self) -> None:
         check_latents(
@@ -308,7 +311,7 @@ class ClassBase(Base):
     def facts(self) -> dict:
         return {
             "class_groups": self.groups,
-            "base": [state_hash(self.unet), state_hash(self.embedder)],
+            "base": [self.unet_hash, state_hash(self.embedder)],
             "known_as": self.known_as.tolist(),
         }
 
@@ -408,7 +411,7 @@ class TextBase(Base):
     def facts(self) -> dict:
         text = self.model.text
         return {
-            "base": [state_hash(self.unet), *(state_hash(each) for each in text.encoders)],
+            "base": [self.unet_hash, *(state_hash(each) for each in text.encoders)],
             "tokens": reading(text),
         }
 

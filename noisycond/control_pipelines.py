@@ -4,6 +4,7 @@ it is for. Here they become pipelines again, around their base.
 Letters: K classes of the base.
 """
 
+import functools
 import json
 import shutil
 from dataclasses import asdict, dataclass
@@ -99,6 +100,11 @@ def _facts_file(name: str) -> Path | None:
     if Path(name).is_dir():
         path = Path(name) / FACTS
         return path if path.is_file() else None
+    return _facts_file_on_the_hub(name)
+
+
+@functools.cache  # each pipeline is asked several times, and each answer comes through the network
+def _facts_file_on_the_hub(name: str) -> Path | None:
     try:
         return Path(hf_hub_download(name, FACTS))
     except (EntryNotFoundError, LocalEntryNotFoundError, HFValidationError):
@@ -172,20 +178,22 @@ def first_stage_slot(pipeline: DiffusionPipeline) -> str:
     return "vqvae" if hasattr(pipeline, "vqvae") else "vae"
 
 
+def _factor(pipeline: DiffusionPipeline) -> int:
+    """That of the first stage that the pipeline has now: `vae_scale_factor` is that of the one it was made with."""
+    return 2 ** (len(getattr(pipeline, first_stage_slot(pipeline)).config.block_out_channels) - 1)
+
+
 def native_resolution(pipeline: DiffusionPipeline) -> int | None:
     """The side of the images that a pipeline draws by itself, in pixels; None where its U-Net does not say."""
     size = pipeline.unet.config.sample_size
     size = size[0] if isinstance(size, (list, tuple)) else size
-    first_stage = getattr(pipeline, first_stage_slot(pipeline))
-    return None if size is None else size * 2 ** (len(first_stage.config.block_out_channels) - 1)
+    return None if size is None else size * _factor(pipeline)
 
 
 def draw_at(pipeline: DiffusionPipeline, resolution: int) -> None:
     """Makes a pipeline draw images of this side by itself; of its U-Net the configuration alone is changed."""
-    native = native_resolution(pipeline)
-    if native != resolution:
-        factor = 2 ** (len(getattr(pipeline, first_stage_slot(pipeline)).config.block_out_channels) - 1)
-        pipeline.unet.register_to_config(sample_size=resolution // factor)
+    if native_resolution(pipeline) != resolution:
+        pipeline.unet.register_to_config(sample_size=resolution // _factor(pipeline))
 
 
 def open_base(name: str, revision: str | None = None) -> DiffusionPipeline:

@@ -52,7 +52,6 @@ from noisycond.evaluation.in_training import (
     TextEvaluationArguments,
     TrainingEvaluation,
 )
-from noisycond.first_stage import state_hash
 from noisycond.pictures import control_grid
 from noisycond.processes import on_main
 from noisycond.results import leave_results, looking
@@ -248,7 +247,7 @@ def export(
         class_names=base.class_names,
         resolution=args.resolution,
         first_stage=None if other is None else public_name(other),
-        base_weights=state_hash(base.unet),
+        base_weights=base.unet_hash,
     )
     local = local_places(base=args.pretrained_model_name_or_path, first_stage=other)
     if repo_id is not None and "base" in local:
@@ -377,6 +376,6 @@ def _few(batches: Batches) -> Iterator[dict]:
 def _try_to_assemble(base: Base, backbone: ControlledUNet) -> None:
     """Before anything is trained: what is trained becomes a pipeline with its base."""
     try:
-        assemble(base.pipeline, backbone.export_model())
+        assemble(base.pipeline, backbone.model)
     except ValueError as error:
         raise InputError(f"{FLAG} {base.args.pretrained_model_name_or_path}: {in_one_line(error)}") from error
