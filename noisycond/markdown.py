@@ -7,6 +7,7 @@ from collections.abc import Collection, Sequence
 
 MISSING = "–"  # no value
 INCONCLUSIVE = "≈"  # a value whose difference may be chance
+WIDE = 8  # more metrics than these beside each other are wider than a page
 
 
 def escaped(text: object) -> str:

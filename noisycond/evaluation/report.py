@@ -11,11 +11,8 @@ from noisycond.errors import require
 from noisycond.evaluation.drawing import Subject
 from noisycond.evaluation.metrics import metric_of
 from noisycond.evaluation.uncertainty import MetricSummary, Summary, conclusive, summarize
-from noisycond.markdown import INCONCLUSIVE, MISSING, escaped, markdown_table
+from noisycond.markdown import INCONCLUSIVE, MISSING, WIDE, escaped, markdown_table
 from noisycond.run_folder import write_atomically
-
-
-WIDE = 8  # more metrics than these, and than lines, make a table that is turned: a line per metric
 
 
 def write_report(folder: str | Path, rows: Sequence[dict], settings: dict, metrics: Sequence[str]) -> str:
@@ -82,7 +79,7 @@ def metrics_table(summaries: Sequence[Summary], metrics: Sequence[str]) -> str:
             first = [escaped(summary.label), _scale(scale), images, _repeats(summary)]
             lines.append(first + [column[number] for column in columns])
     head = ["label", "guidance", "images", "over"] + [metric_of(name).heading for name in metrics]
-    if len(metrics) > max(WIDE, len(lines)):
+    if len(metrics) > max(WIDE, len(lines)):  # turned: a line per metric
         table = markdown_table(*_transposed(head, lines), left=(0,))
     else:
         table = markdown_table(head, lines, left=(0, 3))
