@@ -8,7 +8,7 @@ import json
 import re
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 
 from noisycond.arguments import Arguments, flag
@@ -33,8 +33,7 @@ _TIMES = (  # what sbatch takes, as days, hours, minutes and seconds
 
 @dataclass
 class SubmitArguments(Arguments):
-    """How the runs of a study are handed to SLURM; of study.py, which also has `output_dir`, `results_dir` and
-    `launch_arguments`."""
+    """How the runs of a study are handed to SLURM; of study.py, which also has `gpus_per_run`."""
 
     submit: str | None = flag(
         None, "Instead of running anything, write into this folder a script per run and a SLURM job array of them."
@@ -44,13 +43,12 @@ class SubmitArguments(Arguments):
     )
     slurm_partition: str | None = flag(None, "Partition of the jobs; the default is the cluster's.")
     slurm_account: str | None = flag(None, "Account that the jobs are charged to; the default is the cluster's.")
-    slurm_gpus_per_run: int = flag(8, "GPUs of a run, of one node; a process each unless --launch_arguments say.")
-    slurm_cpus_per_run: int | None = flag(None, "CPU cores of a run; the default is 8 for each GPU, 8 without one.")
+    slurm_cpus_per_run: int | None = flag(None, "CPU cores of a run; the default is 8 for each GPU.")
     slurm_max_parallel: int | None = flag(None, "At most so many runs at a time; the default is no limit of ours.")
     slurm_setup: str | None = flag(
         None,
-        "Shell commands before each run, such as 'module load cuda; source .venv/bin/activate'; without, jobs have the "
-        "environment of the shell that calls sbatch.",
+        "Shell commands before each run, such as 'module load cuda; source .venv/bin/activate'; without, jobs have "
+        "the environment of the shell that calls sbatch.",
     )
 
     def __post_init__(self):
@@ -73,10 +71,6 @@ class SubmitArguments(Arguments):
                 value is None or re.fullmatch(r"[\w.,+@/:=-]+", value),
                 f"--{name} is {value!r}, but a name that SLURM knows has no spaces or quotes.",
             )
-        require(
-            self.slurm_gpus_per_run >= 0,
-            f"--slurm_gpus_per_run is {self.slurm_gpus_per_run}, but it must be 0 (none) or more.",
-        )
         for name in ("slurm_cpus_per_run", "slurm_max_parallel"):
             value = getattr(self, name)
             require(value is None or value > 0, f"--{name} is {value}, but it must be positive.")
@@ -93,8 +87,7 @@ def write_submission(
 
     Args:
         study_path: the study's file, as study.py takes it. runs: what is submitted, in the array's order.
-        options: the arguments of study.py; its folders go to the scripts where they are given, and
-            `launch_arguments` too, else a process for each GPU.
+        options: the arguments of study.py; what is not for choosing runs or for the job array is handed on.
 
     Returns:
         The scripts, in the order of `runs`, and array.sbatch.
@@ -136,21 +129,17 @@ def _seconds(time: str) -> int | None:
     return ((24 * days + hours) * 60 + minutes) * 60 + seconds
 
 
-def _words(flag_name: str, value: object) -> list[str]:
-    """A flag with its value, which may begin as a flag does."""
-    text = str(value)
-    return [f"{flag_name}={text}"] if text.startswith("-") else [flag_name, text]
+def _words(flag_name: str, *values: object) -> list[str]:
+    """A flag with its values, of which a single one may begin as a flag does."""
+    texts = [str(value) for value in values]
+    return [f"{flag_name}={texts[0]}"] if texts[0].startswith("-") else [flag_name, *texts]
 
 
 def _run_script(study: Path, run: StudyRun, options: SubmitArguments) -> str:
     words = ["python", str(STUDY_SCRIPT), str(study)]
-    for name in ("output_dir", "results_dir"):
-        if getattr(options, name) is not None:
-            words += _words(f"--{name}", getattr(options, name))
     if run.cell.block:
         words += _words("--blocks", run.cell.block)
-    words += _words("--cells", run.cell.label) + _words("--seeds", run.seed)
-    words += _words("--launch_arguments", options.launch_arguments or _default_launch(options))
+    words += _words("--cells", run.cell.label) + _words("--seeds", run.seed) + _handed_on(options)
     return f"""#!/bin/bash
 # {_in_a_comment(study)}: {_in_a_comment(run)}. Run again, it goes on where it stopped. Written by study.py --submit.
 cd {shlex.quote(str(Path.cwd()))} || exit
@@ -159,22 +148,27 @@ exec {shlex.join(words)}
 """
 
 
-def _default_launch(options: SubmitArguments) -> str:
-    # Port 0 is any free one: jobs may share a node.
-    processes = max(options.slurm_gpus_per_run, 1)
-    return f"--num_processes {processes}" + (" --multi_gpu --main_process_port 0" if processes > 1 else "")
+def _handed_on(options: SubmitArguments) -> list[str]:
+    """The flags that are not for choosing runs or for the job array, where they are not the default."""
+    own = {"cells", "seeds", "blocks", *(item.name for item in fields(SubmitArguments))}
+    words = []
+    for item in fields(options):
+        value, default = getattr(options, item.name), item.default
+        if item.name not in own and value != (item.default_factory() if default is MISSING else default):
+            words += _words(f"--{item.name}", *(value if isinstance(value, list) else [value]))
+    return words
 
 
 def _array_script(study: Path, names: Sequence[str], folder: Path, options: SubmitArguments) -> str:
-    gpus, most = options.slurm_gpus_per_run, options.slurm_max_parallel
+    gpus, most = options.gpus_per_run, options.slurm_max_parallel
     logs = str(folder.resolve() / LOGS).replace("%", "%%") + "/%x-%A_%a.log"
     resources = {
         "job-name": re.sub(r"[^\w.+-]+", "_", study.stem),
         "array": f"0-{len(names) - 1}" + (f"%{most}" if most is not None else ""),
         "nodes": 1,
         "ntasks": 1,
-        "gpus-per-node": gpus or None,
-        "cpus-per-task": options.slurm_cpus_per_run or _CPUS_PER_GPU * max(gpus, 1),
+        "gpus-per-node": gpus,
+        "cpus-per-task": options.slurm_cpus_per_run or _CPUS_PER_GPU * gpus,
         "time": options.slurm_time,
         "partition": options.slurm_partition,
         "account": options.slurm_account,
@@ -189,8 +183,8 @@ def _array_script(study: Path, names: Sequence[str], folder: Path, options: Subm
 # Written by study.py --submit. When the jobs have ended, study.py makes tables and figures of their results.
 {lines}
 #SBATCH --requeue
-# Some minutes before the time limit the signal goes to this shell alone ("B:"): accelerate launch, told to stop, would
-# kill its processes after 30 seconds, checkpoint or not.
+# Some minutes before the time limit the signal goes to this shell alone ("B:"), which tells study.py: that has the
+# training save a checkpoint, and accelerate launch, which would kill it after 30 seconds, need not know.
 #SBATCH --signal=B:USR1@{SECONDS_TO_LEAVE}
 
 scripts=(
@@ -200,11 +194,10 @@ script=${{scripts[${{SLURM_ARRAY_TASK_ID:?start this file with sbatch}}]}}
 cd {shlex.quote(str(Path.cwd()))} || exit
 {setup}
 out_of_time=
+trap 'out_of_time=yes; kill -TERM $(jobs -p)' USR1
+trap 'kill -TERM $(jobs -p)' TERM  # the job is cancelled, or another takes its place
 {shlex.quote(str(folder.resolve()))}/"$script" &
 run=$!
-trap 'out_of_time=yes; kill -TERM "$run"' USR1
-trap 'kill -TERM "$run"' TERM  # the job is cancelled, or another takes its place
-
 wait "$run"
 status=$?
 while kill -0 "$run" 2> /dev/null; do  # a signal ends a wait, not the run

@@ -9,8 +9,8 @@ import pytest
 import torch
 import yaml
 from launching import load_script
+from script_flags import arguments_class
 
-from noisycond import condition_kinds
 from noisycond.arguments import parse_arguments
 from noisycond.denoisers import build_denoiser, find_denoiser
 from noisycond.first_stage import FirstStage, open_first_stage
@@ -21,16 +21,6 @@ PATHS = [RECIPES / f"{name}.yaml" for name in recipe_names()]
 AUTOENCODERS = {"digits_kl", "digits_vq"}
 # Channels and factor of first stages that are not on this machine.
 REMOTE = {"stabilityai/sd-vae-ft-ema": (4, 8), "CompVis/ldm-celebahq-256": (3, 4)}
-SCRIPTS = {  # which script reads a recipe
-    "train_autoencoder": "AutoencoderArguments",
-    "evaluate_model": "EvaluateArguments",
-    "prepare_dataset": "PrepareArguments",
-    "train_class_cond": "ClassCondArguments",
-    "train_text_to_image_corrupt": "TextToImageArguments",
-    "train_lcm_distill": None,  # by what the teacher takes
-    "train_controlnet": None,  # by what the base takes
-    "train_t2i_adapter": None,
-}
 PERSONALIZATIONS = ("train_controlnet", "train_t2i_adapter")
 
 
@@ -64,15 +54,8 @@ MODELS = [path for path in TRAINING if path.parent == RECIPES]
 @functools.cache  # a recipe is looked at by several tests
 def parse(path: Path):
     name, script = str(path.relative_to(RECIPES)).removesuffix(".yaml"), script_of(path)
-    module, argv = load_script(script), ["--recipe", name]
-    if script == "evaluate_model":
-        argv += ["--pipeline", "runs/demo"]
-    cls = (
-        condition_kinds.arguments_class(argv, module.STARTED)
-        if SCRIPTS[script] is None
-        else getattr(module, SCRIPTS[script])
-    )
-    return parse_arguments(cls, argv)
+    argv = ["--recipe", name] + (["--pipeline", "runs/demo"] if script == "evaluate_model" else [])
+    return parse_arguments(arguments_class(script, argv), argv)
 
 
 def test_there_are_recipes():

@@ -5,7 +5,7 @@ import re
 import signal
 import subprocess
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
@@ -23,11 +23,17 @@ ODD = """η = "2.5 %" of it's $(touch broken) `x`\n; touch broken"""
 
 @dataclass
 class Options(SubmitArguments):
-    """Those of study.py that a submission hands on."""
+    """As those of study.py."""
 
     output_dir: str | None = None
     results_dir: str | None = None
-    launch_arguments: str | None = None
+    gpus_per_run: int = 1
+    launch_arguments: str = ""
+    keep_images: bool = False
+    cells: list[str] = field(default_factory=list)
+    seeds: list[int] = field(default_factory=list)
+    blocks: list[str] = field(default_factory=list)
+    extra: list[str] = field(default_factory=list)
 
 
 def options(*argv) -> Options:
@@ -67,36 +73,31 @@ def start(path: Path, cwd: str = "/", **environment) -> subprocess.Popen:
 
 def test_a_script_calls_study_py_for_its_run_alone(place):
     runs = [run_of("clean"), run_of(ODD, 3, "ldm 4, a=b"), run_of("-eta", 3)]
-    folders = ["--output_dir", "runs/my study", "--results_dir", "results"]
-    chosen = options(*folders, "--launch_arguments=--num_processes 2")
-    first, odd, dashed, array = write_submission("grid.yaml", runs, "jobs", chosen)
+    first, odd, dashed, array = write_submission("grid.yaml", runs, "jobs", options("--cells", "clean", "--seeds", 3))
     assert (first.name, array.name) == ("clean-seed-0.sh", "array.sbatch")
-    shared, launch = ["grid.yaml", *folders], "--launch_arguments=--num_processes 2"
     for script, own in (
         (first, ["--cells", "clean", "--seeds", "0"]),
         (odd, ["--blocks", "ldm 4, a=b", "--cells", ODD, "--seeds", "3"]),
         (dashed, ["--cells=-eta", "--seeds", "3"]),
     ):
         assert start(script).wait() == 0
-        assert called(place) == [str(place), str(submit.STUDY_SCRIPT), *shared, *own, launch]
+        assert called(place) == [str(place), str(submit.STUDY_SCRIPT), "grid.yaml", *own]
     assert not (place / "broken").exists()
+
+
+def test_what_does_not_choose_runs_is_handed_on(place):
+    more = ["--output_dir", "runs/my study", "--launch_arguments=--mixed_precision 'bf16'", "--keep_images"]
+    (place / "mine.yaml").write_text("results_dir: kept\nextra: [a, b]\nsubmit: elsewhere\n")
+    chosen = options(*more, "--gpus_per_run", 4, "--slurm_account", "me", "--recipe", "mine.yaml")
+    script, _ = write_submission("grid.yaml", [run_of("clean")], "jobs", chosen)
+    assert start(script).wait() == 0
+    expected = ["--output_dir", "runs/my study", "--results_dir", "kept", "--gpus_per_run", "4", more[2]]
+    assert called(place)[7:] == [*expected, "--keep_images", "True", "--extra", "a", "b"]
 
 
 def test_a_script_that_can_be_started_from_anywhere_passes_on_the_status_of_its_run(place):
     script, _ = write_submission("grid.yaml", [run_of("clean")], "jobs", options())
-    assert start(script, STATUS="3").wait() == 3
-    assert "--output_dir" not in called(place) and "--results_dir" not in called(place)
-    launch = "--launch_arguments=--num_processes 8 --multi_gpu --main_process_port 0"
-    assert called(place)[-1] == launch
-
-
-@pytest.mark.parametrize("gpus", [0, 1])
-def test_one_process_on_one_gpu_or_none(place, gpus):
-    script, array = write_submission("grid.yaml", [run_of("clean")], "jobs", options("--slurm_gpus_per_run", gpus))
-    assert "'--launch_arguments=--num_processes 1'" in script.read_text()
-    assert ("#SBATCH --gpus-per-node=1\n" in array.read_text()) == (gpus == 1)
-    assert ("gpus" in array.read_text()) == (gpus == 1)
-    assert "#SBATCH --cpus-per-task=8\n" in array.read_text()
+    assert start(script, STATUS="3").wait() == 3 and called(place)[0] == str(place)
 
 
 def test_every_script_is_a_shell_s(place):
@@ -115,15 +116,17 @@ def test_what_the_cluster_is_told(place):
     lines = sbatch_lines(write_submission("grid.yaml", runs, "jobs", options())[-1])
     assert lines["array"] == "0-11" and lines["job-name"] == "grid" and lines["time"] == "24:00:00"
     assert lines["nodes"] == lines["ntasks"] == "1"
-    assert (lines["gpus-per-node"], lines["cpus-per-task"]) == ("8", "64")
+    assert (lines["gpus-per-node"], lines["cpus-per-task"]) == ("1", "8")
     assert lines["requeue"] == "" and lines["open-mode"] == "append" and lines["signal"] == "B:USR1@300"
     assert lines["output"] == f"{place}/jobs/logs/%x-%A_%a.log" and (place / "jobs/logs").is_dir()
     assert not {"partition", "account"} & lines.keys()
     chosen = ["--slurm_time", "2-12", "--slurm_partition", "gpu,long", "--slurm_account", "me", "--slurm_max_parallel"]
-    chosen += [4, "--slurm_gpus_per_run", 4, "--slurm_cpus_per_run", 20]
+    chosen += [4, "--gpus_per_run", 4]
     lines = sbatch_lines(write_submission("grid.yaml", runs, "other", options(*chosen))[-1])
-    assert lines["array"] == "0-11%4" and lines["time"] == "2-12" and lines["cpus-per-task"] == "20"
+    assert lines["array"] == "0-11%4" and lines["time"] == "2-12" and lines["cpus-per-task"] == "32"
     assert (lines["partition"], lines["account"], lines["gpus-per-node"]) == ("gpu,long", "me", "4")
+    fewer = options("--gpus_per_run", 4, "--slurm_cpus_per_run", 20)
+    assert sbatch_lines(write_submission("grid.yaml", runs, "fewer", fewer)[-1])["cpus-per-task"] == "20"
 
 
 def test_the_array_starts_the_script_of_its_task(place):
@@ -167,10 +170,10 @@ def names_in(folder: Path) -> set[str]:
 def test_a_folder_follows_its_study(place):
     write_submission("grid.yaml", [run_of("clean"), run_of("eta-0.1")], "jobs", options())
     (place / "jobs/logs/grid-1_0.log").touch()
-    write_submission("grid.yaml", [run_of("clean"), run_of("cep-u")], "jobs", options("--slurm_gpus_per_run", 4))
+    write_submission("grid.yaml", [run_of("clean"), run_of("cep-u")], "jobs", options("--gpus_per_run", 4))
     jobs = place / "jobs"
     assert names_in(jobs) == {"submission.json", "logs", "array.sbatch", "clean-seed-0.sh", "cep-u-seed-0.sh"}
-    assert "--num_processes 4" in (jobs / "clean-seed-0.sh").read_text()
+    assert "--gpus_per_run 4" in (jobs / "clean-seed-0.sh").read_text()
     assert (jobs / "logs/grid-1_0.log").exists()
 
 
@@ -220,7 +223,7 @@ def test_a_submission_that_was_cut_is_written_again(place, monkeypatch, written)
     with monkeypatch.context() as context:
         context.setattr(submit, "write_atomically", write)
         with pytest.raises(InputError, match="while writing the job scripts"):
-            write_submission("grid.yaml", runs, "jobs", options("--slurm_gpus_per_run", 4))
+            write_submission("grid.yaml", runs, "jobs", options("--gpus_per_run", 4))
     write_submission("grid.yaml", [run_of("ip")], "jobs", options())
     assert names_in(place / "jobs") == {"submission.json", "logs", "array.sbatch", "ip-seed-0.sh"}
 
@@ -237,7 +240,6 @@ def test_nothing_to_submit_is_refused(place):
         ("slurm_time", "12:00:00"),
         ("slurm_partition", "gpu"),
         ("slurm_account", "me"),
-        ("slurm_gpus_per_run", "4"),
         ("slurm_cpus_per_run", "4"),
         ("slurm_max_parallel", "2"),
         ("slurm_setup", "true"),
@@ -257,7 +259,6 @@ def test_a_cluster_s_flag_is_refused_where_nothing_is_submitted(name, value):
         (["--slurm_time", "0:300:00x"], "HOURS:MINUTES:SECONDS"),
         (["--slurm_partition", "a b"], "--slurm_partition is 'a b'"),
         (["--slurm_account", "x\n#SBATCH"], "no spaces or quotes"),
-        (["--slurm_gpus_per_run", "-1"], "0 .none. or more"),
         (["--slurm_cpus_per_run", "0"], "--slurm_cpus_per_run is 0"),
         (["--slurm_max_parallel", "0"], "--slurm_max_parallel is 0"),
         (["--slurm_setup", " "], "--slurm_setup is empty"),
