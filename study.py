@@ -2,9 +2,9 @@
 """Runs a study: trains, draws from and measures every cell of a grid with every seed, and writes tables, the figures
 of the paper and one HTML report.
 
-./study.py studies/quick.yaml                  # some minutes on two CPU cores
-./study.py studies/digits.yaml --seeds 0       # one seed of a larger one; the next call goes on
-./study.py studies/in1k.yaml --submit jobs     # one script per run for a SLURM array
+python study.py studies/quick.yaml                  # some minutes on two CPU cores
+python study.py studies/digits.yaml --seeds 0       # one seed of a larger one; the next call goes on
+python study.py studies/in1k.yaml --submit jobs     # one script per run for a SLURM array
 """
 
 import importlib
