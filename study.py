@@ -2,9 +2,9 @@
 """Runs a study: trains, draws from and measures every cell of a grid with every seed, and writes tables, the figures
 of the paper and one HTML report.
 
-./study.py studies/quick.yaml                  # some minutes on two CPU cores
-./study.py studies/digits.yaml --seeds 0       # one seed of a larger one; the next call goes on
-./study.py studies/in1k.yaml --submit jobs     # one script per run for a SLURM array
+python study.py studies/quick.yaml                  # some minutes on two CPU cores
+python study.py studies/digits.yaml --seeds 0       # one seed of a larger one; the next call goes on
+python study.py studies/in1k.yaml --submit jobs     # one script per run for a SLURM array
 """
 
 import importlib
@@ -19,10 +19,13 @@ try:
     from noisycond.arguments import Arguments, flag, parse_arguments
     from noisycond.errors import one_sentence_errors, require, writing
     from noisycond.study.definition import Study, find_study, read_study
+    from noisycond.study.figures import draw_figures
     from noisycond.study.planning import Plan, plan_runs, refuse_unknown_flags
     from noisycond.study.progress import Progress
-    from noisycond.study.results import is_done, known_records, read_results
+    from noisycond.study.report import write_report
+    from noisycond.study.results import Results, is_done, known_records, read_results
     from noisycond.study.running import Launcher, Runner, cpu_launcher, gpu_launcher
+    from noisycond.study.tables import write_tables
 except ModuleNotFoundError as error:
     sys.exit(f"error: {error.name} is not installed; in the checkout, run: pip install -e .")
 
@@ -43,6 +46,9 @@ class StudyArguments(Arguments):
     launch_arguments: str = flag("", "Words for `accelerate launch` of every run, in one: '--mixed_precision bf16'.")
     retries: int = flag(1, "A run that fails is tried again so often, unless its settings are refused.")
     keep_images: bool = flag(False, "Keep drawn images and features when their metrics are recorded.")
+    report_dir: str | None = flag(
+        None, "Where tables, figures and report.html are written; the default is the output folder."
+    )
     report_only: bool = flag(False, "Run nothing; write tables, figures and report of what there is.")
     dry_run: bool = flag(False, "Print what would be run, and leave.")
 
@@ -111,6 +117,14 @@ def run(args: StudyArguments, study: Study, plans: list[Plan], folder: Path, rec
         print(f"Stopped; the same command goes on: {len(left)} runs were to do.")
 
 
+def publish(results: Results, folder: Path) -> Path:
+    """Writes tables, figures and the report of what there is; returns the report."""
+    with writing(f"--report_dir {folder}", "the report (the results are kept; --report_only writes it again)"):
+        folder.mkdir(parents=True, exist_ok=True)
+        tables, figures = write_tables(results, folder), draw_figures(results, folder / "figures")
+        return write_report(results, tables, figures, folder / "report.html")
+
+
 @one_sentence_errors
 def main(argv: list[str] | None = None) -> None:
     path, args = parse(argv)
@@ -128,6 +142,12 @@ def main(argv: list[str] | None = None) -> None:
         run(args, study, plans, folder, records)
     results = read_results(study, plan_runs(study, study.runs(), folder), records)
     print(f"{results.done} of {len(results.runs)} runs are done.")
+    report = publish(results, Path(args.report_dir or folder))
+    print(f"Tables: {report.with_name('results.md')}\nReport: {report}")
+    failed = sum(line["status"] == "failed" for line in results.runs)
+    if failed:
+        print(f"{failed} runs failed; the report says why, and the same command tries them again.", file=sys.stderr)
+        sys.exit(1)
 
 
 if __name__ == "__main__":

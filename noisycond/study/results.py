@@ -196,7 +196,7 @@ def read_results(study: Study, plans: Sequence[Plan], folder: Path) -> Results:
     for plan in plans:
         run, cell = plan.run, plan.run.cell
         path = known.get(plan.identity)
-        record = json.loads(path.read_text(encoding="utf-8")) if path is not None else {}
+        record = _read(path)
         samples = None if path is None else path.with_suffix(".webp")
         runs.append(
             {
@@ -225,13 +225,17 @@ def known_records(folder: Path) -> dict[str, Path]:
 
 
 def is_done(path: Path | None) -> bool:
-    """Whether a record is of a run that is done; one that cannot be read is not."""
-    if path is None:
-        return False
+    """Whether a record is of a run that is done."""
+    return _read(path).get("status") == "done"
+
+
+def _read(path: Path | None) -> dict:
+    """A record; empty where there is none, or one that cannot be read, whose run is then missing."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))["status"] == "done"
-    except (OSError, ValueError, KeyError):
-        return False
+        record = {} if path is None else json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return record if isinstance(record, dict) else {}
 
 
 def _differing(cells: Sequence[StudyCell]) -> set[str]:

@@ -130,19 +130,25 @@ class Runner:
 
         Args:
             look: called about twice a second with None, and after each run with its record, from the calling thread.
+
+        Raises:
+            InputError: a result cannot be written; the other runs are stopped.
         """
         slots: SimpleQueue[dict] = SimpleQueue()
         for slot in self.launcher.slots:
             slots.put(slot)
         with ThreadPoolExecutor(len(self.launcher.slots)) as pool:
             pending: set[Future] = {pool.submit(self._attempt, plan, slots) for plan in plans}
-            while pending:
-                done, pending = wait(pending, timeout=0.5, return_when=FIRST_COMPLETED)
-                for future in done:
-                    record = future.result()
-                    if record is not None:
-                        look(self, record)
-                look(self, None)
+            try:
+                while pending:
+                    done, pending = wait(pending, timeout=0.5, return_when=FIRST_COMPLETED)
+                    for record in (future.result() for future in done):
+                        if record is not None:
+                            look(self, record)
+                    look(self, None)
+            except BaseException:  # a full disk, say: what else runs saves what it has
+                self._stop.set()
+                raise
 
     def _attempt(self, plan: Plan, slots: SimpleQueue) -> RunRecord | None:
         """Does a run; None where the study was stopped before it ended."""

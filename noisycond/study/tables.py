@@ -450,7 +450,7 @@ def _page(results, sections: Sequence[_Section], runs: Table | None) -> str:
             parts += [f"<details>\n<summary>{title}</summary>", *inside, "</details>"]
     if runs is not None:
         parts += _markdown(runs, "##")
-    again = f"./study.py {shlex.quote(str(study.path))}"
+    again = f"python study.py {shlex.quote(str(study.path))}"
     parts += [
         "## How to make this again",
         "Runs that are done are kept; the others are run, and this is written anew:",

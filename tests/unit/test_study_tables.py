@@ -351,10 +351,10 @@ class TestPage:
         assert all(inside.count("\n| setting") == 3 for _, inside in folded)
 
     def test_ends_with_the_command(self, whole, tmp_path):
-        assert whole[2].endswith("```bash\n./study.py studies/toy.yaml\n```\n")
+        assert whole[2].endswith("```bash\npython study.py studies/toy.yaml\n```\n")
         results = toy_results(cells=("clean",), metrics=FEW)
         results.study.path = tmp_path / "my study.yaml"
-        assert page_of(results, tmp_path).endswith(f"./study.py '{tmp_path}/my study.yaml'\n```\n")
+        assert page_of(results, tmp_path).endswith(f"python study.py '{tmp_path}/my study.yaml'\n```\n")
 
     def test_nothing_of_a_reason_is_lost(self, tmp_path):
         results = toy_results(cells=("clean",), metrics=FEW, failed=[("clean", 0)])
