@@ -16,7 +16,7 @@ from pathlib import Path
 
 
 try:
-    from noisycond.arguments import Arguments, flag, parse_arguments
+    from noisycond.arguments import flag, parse_arguments
     from noisycond.errors import one_sentence_errors, require, writing
     from noisycond.study.definition import Study, find_study, read_study
     from noisycond.study.figures import draw_figures
@@ -25,13 +25,14 @@ try:
     from noisycond.study.report import write_report
     from noisycond.study.results import Results, is_done, known_records, read_results
     from noisycond.study.running import Launcher, Runner, cpu_launcher, gpu_launcher
+    from noisycond.study.submit import SubmitArguments, write_submission
     from noisycond.study.tables import write_tables
 except ModuleNotFoundError as error:
     sys.exit(f"error: {error.name} is not installed; in the checkout, run: pip install -e .")
 
 
 @dataclass
-class StudyArguments(Arguments):
+class StudyArguments(SubmitArguments):
     output_dir: str | None = flag(
         None, "Where models, logs, results and the report are written; the default is runs/studies/NAME."
     )
@@ -58,6 +59,12 @@ class StudyArguments(Arguments):
         require(self.gpus_per_run > 0, f"--gpus_per_run is {self.gpus_per_run}, but it must be positive.")
         require(self.retries >= 0, f"--retries is {self.retries}, but it must not be negative.")
         require(not (self.report_only and self.dry_run), "--report_only and --dry_run do not go together.")
+        for name in ("report_only", "dry_run"):
+            require(self.submit is None or not getattr(self, name), f"--submit and --{name} do not go together.")
+        require(
+            self.submit is None or self.jobs is None,
+            "--jobs has no effect with --submit, of which each job is one run; limit them by --slurm_max_parallel.",
+        )
 
 
 def parse(argv: list[str] | None = None) -> tuple[Path, StudyArguments]:
@@ -135,6 +142,11 @@ def main(argv: list[str] | None = None) -> None:
     if args.dry_run:
         for plan in plans:
             print(f"# {plan.run}", *(step.command() for step in plan.steps), sep="\n")
+        return
+    if args.submit is not None:
+        check_settings(study)
+        array = write_submission(path, [plan.run for plan in plans], args.submit, args)[-1]
+        print(f"{len(plans)} runs are ready: sbatch {array}")
         return
     if not args.report_only:
         with writing(f"--output_dir {folder}", "a folder"):

@@ -275,3 +275,19 @@ def test_times_read_as_for_sbatch(text, minutes):
     assert options("--slurm_time", text).slurm_time == text
     assert submit._seconds(text) == round(minutes * 60)
     assert submit._seconds("1-00:30") == 24.5 * 3600 and submit._seconds("2-03:04:05") == ((51 * 60) + 4) * 60 + 5
+
+
+def test_study_py_submits(place, script, refused, capsys):
+    script("study", "quick", "--submit", "jobs", "--seeds", 1, "--keep_images")
+    assert capsys.readouterr().out == "5 runs are ready: sbatch jobs/array.sbatch\n"
+    assert len(names_in(place / "jobs")) == 5 + 3 and not (place / "runs").exists()
+    assert start(place / "jobs/clean-seed-1.sh").wait() == 0
+    assert called(place)[3:] == ["--cells", "clean", "--seeds", "1", "--keep_images", "True"]
+    for argv, said in (
+        (["--submit", "jobs", "--report_only"], "--submit and --report_only do not go together"),
+        (["--submit", "jobs", "--dry_run"], "--submit and --dry_run do not go together"),
+        (["--submit", "jobs", "--jobs", 2], "--jobs has no effect with --submit"),
+        (["--slurm_time", "1:00:00"], "--slurm_time has no effect without --submit"),
+        (["--submit", "bin"], "--submit bin holds python, scontrol, which no submission wrote"),
+    ):
+        assert refused("study", "quick", *argv).startswith(said)
