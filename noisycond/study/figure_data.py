@@ -14,13 +14,9 @@ from noisycond.study.methods import KINDS, Method
 
 
 Cells = Mapping[str, Method]
-# The strength that stands for a method where one is to: the papers' of CEP and IP, common ones of the others.
-USUAL = {
-    "embedding_dropout": 0.1,
-    "label_smoothing": 0.1,
-    "input_perturbation": 0.1,
-    "cep": 1.0,
-}
+BASELINES = ("embedding_dropout", "label_smoothing", "input_perturbation")
+MOST_IN_A_PANEL = 7  # lines beside clean's
+USUAL_GAMMA = 1.0  # of CEP, the paper's default: what stands for CEP where one γ is to
 
 
 @dataclass(frozen=True)
@@ -88,10 +84,10 @@ def at_scale(values: DataFrame, scale: float | None) -> DataFrame:
 
 
 def one_scale(values: DataFrame, wanted: float | None) -> float | None:
-    """The guidance scale of figures that show one: the wanted one where it was measured, else the smallest; None where
-    there is none."""
+    """The guidance scale of figures that show one: of those measured the nearest to the wanted one, or, if none is
+    wanted, the smallest; None where there is none."""
     there = set(values["guidance_scale"].dropna())
-    return float(wanted if wanted in there else min(there)) if there else None
+    return float(min(there, key=lambda scale: (abs(scale - (wanted or 0.0)), scale))) if there else None
 
 
 def metrics_in(values: DataFrame, cells: Cells, names: Sequence[str]) -> list[str]:
@@ -155,36 +151,39 @@ def of_main_mode(cells: Cells, kind: str) -> dict[Method, dict[str, Method]]:
 
 
 def groups(cells: Cells) -> list[dict[str, Method]]:
-    """All cells but the clean ones in groups that a panel holds: each type of corruption in its main mode, CEP in its
-    main modes, and the others."""
+    """All cells but the clean ones in groups that a panel holds: one, if they are few; else each type of corruption in
+    its main mode, CEP in its main modes, and the others."""
+    everything = {cell: method for cell, method in cells.items() if method.kind != "clean"}
+    if len(everything) <= MOST_IN_A_PANEL:
+        return [everything] if everything else []
     corruptions = [dict(family) for family in of_main_mode(cells, "corruption").values()]
     perturbations = dict(item for family in of_main_mode(cells, "cep").values() for item in family.items())
     shown = {cell for group in [*corruptions, perturbations] for cell in group}
-    others = {cell: method for cell, method in cells.items() if cell not in shown and method.kind != "clean"}
+    others = {cell: method for cell, method in everything.items() if cell not in shown}
     return [group for group in (*corruptions, perturbations, others) if group]
 
 
 def regularizers(values: DataFrame, cells: Cells) -> dict[str, str]:
-    """The cells that the comparison of regularizers shows, with their titles: of dropout, label smoothing, IP and each
-    type of CEP the strength nearest to the usual one, and of the corruption with the most strengths the slightest
-    and the one of the lowest mean FID.
+    """The cells that the comparison of regularizers shows, with their titles: dropout, label smoothing, IP, each type
+    of CEP drawn anew at the γ nearest to 1, and of all corruptions the slightest (fixed before random) and the one of
+    the lowest mean FID; none where there is nothing but corruption.
 
     Args:
         values: at one guidance scale.
     """
-    groups = [of_main_mode(cells, kind) for kind in USUAL]
-    found = [
-        _nearest(family, USUAL[how.kind]) for group in groups for how, family in sorted(group.items(), key=_by_place)
-    ]
-    titles = {cell: cells[cell].title for cell in found}
-    corrupted = next(iter(families(cells, "corruption").values()), {})
-    if corrupted:
-        slightest = next(iter(corrupted))
-        fids = {cell: found.mean for cell in corrupted if (found := point(values, cell, "fid"))}
-        best = min(fids, key=fids.get, default=slightest)
-        for cell in dict.fromkeys([slightest, best]):
-            which = [name for name, each in (("slightest", slightest), ("best FID", best)) if each == cell and fids]
-            titles[cell] = cells[cell].title + (f" ({', '.join(which)})" if which and len(corrupted) > 1 else "")
+    baselines = [cell for kind in BASELINES for cell, method in cells.items() if method.kind == kind]
+    drawn_anew = {cell: method for cell, method in cells.items() if method.kind == "cep" and method.mode == "random"}
+    perturbations = sorted(families(drawn_anew, "cep").items(), key=_by_place)
+    titles = {cell: cells[cell].title for cell in [*baselines, *(_usual(family) for _, family in perturbations)]}
+    corrupted = {cell: method for cell, method in cells.items() if method.kind == "corruption"}
+    fids = {cell: found.mean for cell in corrupted if (found := point(values, cell, "fid"))}
+    if not corrupted or not titles:
+        return titles
+    slightest = min(corrupted, key=lambda cell: (corrupted[cell].strength, corrupted[cell].mode == "random"))
+    best = min(fids, key=fids.get, default=slightest)
+    for cell in dict.fromkeys([slightest, best]):
+        which = ["slightest"] * (cell == slightest) + ["best FID"] * (cell == best and bool(fids))
+        titles[cell] = cells[cell].title + (f" ({', '.join(which)})" if len(corrupted) > 1 else "")
     return titles
 
 
@@ -194,7 +193,7 @@ def sample_cells(cells: Cells) -> list[str]:
     corrupted = list(next(iter(families(cells, "corruption").values()), {}))
     uniform = [family for how, family in of_main_mode(cells, "cep").items() if how.type == "uniform"]
     chosen = [*list(clean_of(cells))[:1], *corrupted[:1], *corrupted[-1:]]
-    return list(dict.fromkeys([*chosen, *(_nearest(family, USUAL["cep"]) for family in uniform)]))
+    return list(dict.fromkeys([*chosen, *(_usual(family) for family in uniform)]))
 
 
 def sample_runs(runs: Sequence[dict], cells: Cells) -> list[dict]:
@@ -289,9 +288,9 @@ def differences(compared: DataFrame, cells: Sequence[str], metric: str) -> list[
     ]
 
 
-def _nearest(family: Cells, strength: float) -> str:
-    """The cell of the nearest strength, by ratio: γ = 0.5 is as far from 1 as γ = 2 is."""
-    return min(family, key=lambda cell: abs(math.log(family[cell].strength / strength)))
+def _usual(family: Cells) -> str:
+    """The cell of CEP with the γ nearest to the usual one, by ratio: γ = 0.5 is as far from 1 as γ = 2 is."""
+    return min(family, key=lambda cell: abs(math.log(family[cell].strength / USUAL_GAMMA)))
 
 
 def _place(method: Method) -> tuple:

@@ -124,14 +124,13 @@ def draw_figures(results: "Results", folder: str | Path) -> list[Figure]:
 
 
 def _block(results: "Results", name: str, folder: Path) -> _Block:
-    values = results.values
+    values = results.values[results.values["block"] == name]
     values = values[np.isfinite(values["value"].astype(float))]
-    # The scale is that of all blocks, so that they can be compared.
-    scale = data.one_scale(data.final(values), results.study.report_guidance_scale)
-    values = values[values["block"] == name]
+    runs = [run for run in results.runs if run["block"] == name and run["samples"] and Path(run["samples"]).is_file()]
+    there = {*values["cell"], *(run["cell"] for run in runs)}
+    named = [(cell.label, cell.method) for cell in results.study.cells if cell.block == name and cell.label in there]
     final, steps = data.final(values), values[values["step"].notna()]
-    named = [(cell.label, cell.method) for cell in results.study.cells if cell.block == name]
-    runs = [run for run in results.runs if run["block"] == name and run.get("samples")]
+    scale = data.one_scale(final, results.study.report_guidance_scale)
     return _Block(name, *data.distinct(named), final, steps, scale, data.at_scale(final, scale), runs, folder)
 
 
@@ -326,7 +325,8 @@ def _over_steps(block: _Block) -> Iterator[Figure]:
     values = data.at_scale(block.steps, scale)
     metrics = data.metrics_in(values, block.cells, list(dict.fromkeys([*QUALITY, *METRICS])))[:2]
     rows = []
-    for group in data.groups(block.cells):
+    lined = {cell for metric in metrics for cell in block.cells if data.points_over(values, cell, metric, "step")[1:]}
+    for group in data.groups({cell: method for cell, method in block.cells.items() if cell in lined}):
         panels = _with_lines(
             metrics, lambda name, shown=block.clean | group: data.lines_of_cells(values, shown, name, "step")
         )
@@ -357,7 +357,7 @@ def _over_steps(block: _Block) -> Iterator[Figure]:
 
 
 def _samples(block: _Block) -> Iterator[Figure]:
-    runs = data.sample_runs([run for run in block.runs if Path(run["samples"]).is_file()], block.cells)
+    runs = data.sample_runs(block.runs, block.cells)
     if not runs:
         return
     titles = [block.cells[run["cell"]].title for run in runs]
@@ -370,8 +370,12 @@ def _samples(block: _Block) -> Iterator[Figure]:
     figure = block.figure(
         "samples",
         "Samples",
-        [f"Samples of {words.listed(titles)}, trained with seed {runs[0]['seed']}.", size],
-        f"Samples of {words.listed(titles)}, side by side.",
+        [
+            f"Samples of {words.listed(titles)}{words.at_scale(block.scale)}, all trained with seed "
+            f"{runs[0]['seed']}; the same place in each is the same condition and the same starting noise.",
+            size,
+        ],
+        f"Samples of {words.listed(titles)}, beside one another.",
     )
     write_picture(png(whole), figure.path)
     yield figure

@@ -11,22 +11,23 @@ from noisycond.pictures import caption_font
 
 
 MOST_BYTES = 200_000  # of a picture: a report holds all of them
+WIDTH = 700  # pixels in which pages show a figure; it may have twice as many
 
 
 def montage(pictures: Sequence[tuple[str, Image.Image]]) -> tuple[Image.Image, int]:
-    """Pictures in rows of two, or up to three small ones in one, each with its title above. Small ones are enlarged by
-    a whole number (nearest neighbour), large ones reduced by one, and colours made fewer, until the whole takes no
-    more bytes than a figure may.
+    """Pictures in rows of two or three, or, if they are wide, below one another, each with its title above. Small ones
+    are enlarged by a whole number (nearest neighbour), large ones reduced by one, and colours made fewer, until the
+    whole takes no more bytes than a figure may.
 
     Returns:
         The picture, and by what number it is enlarged, or, negative, reduced.
     """
     pictures = [(title, _plain(picture)) for title, picture in pictures]
-    longest = max(max(picture.size) for _, picture in pictures)
-    enlarged = max(1, 400 // longest)
-    tries = [1] if enlarged > 1 else range(-(-longest // 700), max(1, longest // 64) + 1)
+    width, height = pictures[0][1].size
+    columns = 1 if width >= 2 * height else 3 if len(pictures) == 3 else 2
+    enlarged = max(1, (WIDTH if columns == 1 else 2 * WIDTH) // (columns * width))
+    tries = [1] if enlarged > 1 else range(-(-columns * width // (2 * WIDTH)), max(1, width // 64) + 1)
     for reduced in tries:
-        columns = len(pictures) if len(pictures) <= 3 and longest * enlarged <= 450 * reduced else 2
         placed = _placed([(title, _sized(picture, enlarged, reduced)) for title, picture in pictures], columns)
         # A few grey levels are told apart as little as many; of colours it takes more.
         for colours in (None, 256, 128, 64) if placed.mode == "RGB" else (None, 64, 48, 32, 24):
