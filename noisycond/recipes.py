@@ -51,22 +51,22 @@ def find_recipe(name: str) -> Path:
     )
 
 
-def read_recipe(name: str, known: Iterable[str]) -> Recipe:
+def read_recipe(name: str, known: Iterable[str] | None) -> Recipe:
     """Reads a recipe and what it builds on.
 
     `base: OTHER` names a recipe by its path beside this file or by its name in recipes/; the values here go before
     those there, and an empty value brings back the flag's default.
 
     Args:
-        name: see [`find_recipe`]. known: the keys there are.
+        name: see [`find_recipe`]. known: the keys there are; None takes any.
 
     Raises:
         InputError: no such recipe or base, a recipe that builds on itself, invalid YAML, or an unknown key.
     """
-    return _read(find_recipe(name), list(known), ())
+    return _read(find_recipe(name), None if known is None else list(known), ())
 
 
-def _read(path: Path, known: list[str], above: tuple[Path, ...]) -> Recipe:
+def _read(path: Path, known: list[str] | None, above: tuple[Path, ...]) -> Recipe:
     require(
         path.resolve() not in above,
         f"--recipe {path}: it builds on itself ({' → '.join(step.name for step in (*above, path))}).",
@@ -79,7 +79,7 @@ def _read(path: Path, known: list[str], above: tuple[Path, ...]) -> Recipe:
     require(isinstance(values, dict), f"--recipe {path}: expected `key: value` lines, one for each flag.")
     base = values.pop("base", None)
     for key in values:
-        if key not in known:  # the hint takes long
+        if known is not None and key not in known:  # the hint takes long
             raise InputError(f"--recipe {path}: unknown key {key!r}{flag_hint(str(key), [*known, 'base'])}.")
     marks = {match[1]: match[2] for match in map(_MARKED.match, text.splitlines()) if match}
     if base is None:
