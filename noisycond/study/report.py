@@ -8,6 +8,7 @@ import re
 import shlex
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,26 +18,27 @@ from PIL import Image
 
 from noisycond.errors import writing
 from noisycond.evaluation.metrics import METRICS
-from noisycond.evaluation.report import MISSING, plain, said
+from noisycond.evaluation.report import INCONCLUSIVE, MISSING, plain, said
 from noisycond.run_folder import write_atomically
 
 
 if TYPE_CHECKING:
+    from noisycond.study.definition import Stage, StudyCell
     from noisycond.study.figures import Figure
     from noisycond.study.results import Results
     from noisycond.study.tables import Table
 
-# Verdict to its sign and what it means, said of a cell against the clean one.
+# Verdict to its sign and what it means.
 VERDICTS = {
-    "better": ("+", "better than clean"),
-    "worse": ("−", "worse than clean"),
-    "higher": ("↑", "higher than clean, where neither way is better"),
-    "lower": ("↓", "lower than clean, where neither way is better"),
-    "inconclusive": ("≈", "no difference from clean could be shown"),
+    "better": ("+", "better"),
+    "worse": ("−", "worse"),
+    "higher": ("↑", "higher, where neither way is better"),
+    "lower": ("↓", "lower, where neither way is better"),
+    "inconclusive": (INCONCLUSIVE, "inconclusive"),
 }
 OPEN_RUNS = 30  # a list of more runs is folded
 SHOWN_VALUES = 6  # of a choice in which runs differ
-_NUMBER = re.compile(r"[+−-]?\d")
+_NUMBER = re.compile(r"[\[<]?\s*[+−-]?\d")
 _TEMPLATES = jinja2.Environment(
     loader=jinja2.PackageLoader("noisycond", "study"),
     autoescape=True,
@@ -80,55 +82,79 @@ def write_report(results: "Results", tables: Sequence["Table"], figures: Sequenc
     return path
 
 
-def _facts(results: "Results") -> dict[str, list[str]]:
-    """What the study is, heading to lines."""
+def _facts(results: "Results") -> list[dict]:
+    """What the study is: headings with lines, of which some are commands."""
     study, values = results.study, results.values
-    blocks = f" in {len(study.blocks)} blocks ({'; '.join(study.blocks)})" if len(study.blocks) > 1 else ""
+    blocks = f", in {len(study.blocks)} blocks: {'; '.join(study.blocks)}" if len(study.blocks) > 1 else ""
     scales = sorted(values["guidance_scale"].dropna().unique())
     steps = sorted(values["step"].dropna().unique())
     at_one = study.report_guidance_scale
-    facts = {
-        "Cells": [f"{len(study.cells)}{blocks}"],
-        "Seeds of training": [", ".join(map(str, study.seeds))],
-        "Training": list(_trainings(study.cells)) or ["none: the pipelines are measured as they are"],
-        "Evaluation": [_stage(study.evaluation.script, study.evaluation.values)],
-        "Guidance scales": [", ".join(f"{scale:g}" for scale in scales)] if scales else [],
-        "Metrics": [", ".join(metric.heading for name, metric in METRICS.items() if name in set(values["metric"]))],
-        "Measured during training": [f"after {', '.join(f'{step:,}' for step in steps)} steps"] if steps else [],
-    }
+    guidance = [", ".join(f"{scale:g}" for scale in scales)]
     if scales and at_one is not None:
-        facts["Guidance scales"].append(f"{at_one:g} where a table or figure shows one alone")
-    return {heading: shown for heading, lines in facts.items() if (shown := [line for line in lines if line])}
+        guidance.append(f"{at_one:g} in tables and figures at one guidance scale")
+    found = set(values["metric"])
+    metrics = ", ".join(_unbroken(metric.heading) for name, metric in METRICS.items() if name in found)
+    facts = [
+        ("Cells", [f"{len(study.cells)}{blocks}"], False),
+        ("Seeds of training", [", ".join(map(str, study.seeds))], False),
+        ("Training", _trainings(study.cells), True),
+        ("Evaluation", [_command(study.evaluation)], True),
+        ("Guidance scales", guidance, False),
+        ("Metrics", [metrics], False),
+        (
+            "Measured in training",
+            [f"{len(steps)} times, from step {steps[0]:,} to {steps[-1]:,}"] if steps else [],
+            False,
+        ),
+    ]
+    return [
+        {"heading": heading, "lines": [line for line in lines if line], "commands": commands}
+        for heading, lines, commands in facts
+        if any(lines)
+    ]
 
 
-def _trainings(cells: Sequence) -> Iterator[str]:
-    """What all cells share of each training, a line per script."""
-    for script in dict.fromkeys(stage.script for cell in cells for stage in cell.stages):
-        values = [stage.values for cell in cells for stage in cell.stages if stage.script == script]
-        yield _stage(script, {flag: value for flag, value in values[0].items() if _same(values, flag)})
+def _trainings(cells: Sequence["StudyCell"]) -> list[str]:
+    """Each training as it is where a cell does not set otherwise, a command per script; empty where pipelines are only
+    evaluated."""
+    commands = []
+    for stages in zip(*(cell.stages for cell in cells), strict=True):
+        told: dict[str, list] = {}
+        for cell, stage in zip(cells, stages, strict=True):
+            own = {key.rpartition(".")[2] for key in cell.settings}
+            for flag, value in stage.values.items():
+                if flag not in own:
+                    told.setdefault(flag, []).append(value)
+        shared = {flag: values[0] for flag, values in told.items() if all(value == values[0] for value in values)}
+        commands.append(_command(replace(stages[0], values=shared)))
+    return commands
 
 
-def _same(values: Sequence[Mapping], flag: str) -> bool:
-    return all(flag in each and each[flag] == values[0][flag] for each in values)
+def _command(stage: "Stage") -> str:
+    return shlex.join([f"{stage.script}.py", *stage.arguments()])
 
 
-def _stage(script: str, values: Mapping[str, object]) -> str:
-    values = {flag: value for flag, value in values.items() if value is not None}
-    recipe = [f"recipe {values.pop('recipe')}"] if "recipe" in values else []
-    return ", ".join([f"{script}.py", *recipe, *(f"{flag} {said(value)}" for flag, value in values.items())])
+def _unbroken(text: str) -> str:
+    """With no-break spaces, so that "γ = 1" and "FID ↓" stand on one line."""
+    return re.sub(r" (?=[=%↓↑])|(?<==) ", "\u00a0", text)
 
 
-def _cells(cells: Sequence) -> list[dict]:
+def _cells(cells: Sequence["StudyCell"]) -> list[dict]:
     return [
         {
             "label": cell.label,
             "block": cell.block,
-            "method": cell.method.title,
-            "settings": ", ".join(f"{flag} {said(value)}" for flag, value in cell.settings.items())
-            or (cell.pipeline or MISSING),
+            "method": _unbroken(cell.method.title),
+            "settings": _settings(cell),
         }
         for cell in cells
     ]
+
+
+def _settings(cell: "StudyCell") -> str:
+    """What the study says of this cell alone."""
+    told = [f"{flag} {said(value)}" for flag, value in cell.settings.items()]
+    return ", ".join([cell.pipeline] if cell.pipeline is not None else told) or MISSING
 
 
 def _health(results: "Results") -> dict:
@@ -190,7 +216,11 @@ def _shown_table(table: "Table", anchor: str) -> dict:
         "caption": table.caption,
         "head": table.head,
         "kinds": ["number" if _is_of_numbers(column) else "text" for column in columns],
-        "lines": [list(zip(line, marked, strict=True)) for line, marked in zip(table.lines, marks, strict=True)],
+        "marked": [any(column) for column in zip(*marks, strict=True)] or [False] * len(table.head),
+        "lines": [
+            list(zip([_unbroken(line[0]), *line[1:]], marked, strict=True))
+            for line, marked in zip(table.lines, marks, strict=True)
+        ],
     }
 
 
@@ -248,8 +278,8 @@ def _merged(records: Sequence[Mapping]) -> dict:
         if all(isinstance(value, dict) and value for value in values):
             merged[name] = _merged(values)
         else:
-            texts = Counter(said(value) if name in record else MISSING for record, value in zip(records, values, strict=True))
-            merged[name] = _counted(texts)
+            texts = [said(value) if name in record else MISSING for value, record in zip(values, records, strict=True)]
+            merged[name] = _counted(Counter(texts))
     return merged
 
 
