@@ -5,11 +5,14 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 SOURCES := noisycond pipelines tests $(wildcard *.py) $(wildcard benchmarks/*.py)
 
-.PHONY: help demo personalization test quality style first-stages digits-classifier clean
+STUDY ?= quick
+
+.PHONY: help demo study personalization test quality style first-stages digits-classifier clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo           train a miniature on handwritten digits, look at its samples and measure it (4 minutes)"
+	@echo "make study          run a study, tables, figures and report included, STUDY=quick (ten minutes), digits (a night)"
 	@echo "make personalization   compare a ControlNet on a clean base with one on a CEP base, on digits, SEEDS=\"0 1 2\""
 	@echo "make test           run the tests"
 	@echo "make quality        check lint and format;  make style  mends them"
@@ -28,6 +31,9 @@ demo: $(READY)
 	$(BIN)/accelerate launch train_class_cond.py --output_dir runs/demo --overwrite_output_dir
 	rm -rf runs/demo-evaluation
 	$(BIN)/accelerate launch evaluate_model.py --recipe digits_evaluation --pipeline runs/demo --output_dir runs/demo-evaluation
+
+study: $(READY)
+	$(BIN)/python study.py $(STUDY)
 
 # Two bases, clean and with CEP, a ControlNet on each, and one table of both with the spread over SEEDS. A run that ended
 # has written its last file and is not repeated; one that was cut goes on from its last checkpoint. Each list of seeds

@@ -193,9 +193,14 @@ def report(args: EvaluateArguments, subjects: list[Subject], rows: list[dict], s
     print(f"\nTable: {folder / 'metrics.md'}\nValues and every choice made: {folder / 'metrics.json'}")
 
 
+def parse(argv: list[str] | None = None) -> EvaluateArguments:
+    """The arguments of a command line; None takes that of the process."""
+    return parse_arguments(EvaluateArguments, argv)
+
+
 @one_sentence_errors
 def main(argv: list[str] | None = None) -> None:
-    args = parse_arguments(EvaluateArguments, argv)
+    args = parse(argv)
     option = "--pipeline" if args.pipeline else "--images"
     subjects, folder = parse_subjects(option, args.pipeline or args.images), Path(args.output_dir)
     accelerator = hardware.make_sampling_accelerator(args)

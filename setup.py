@@ -22,6 +22,7 @@ INSTALL_REQUIRES = [
     "scipy>=1.14",
     "matplotlib>=3.9",
     "numpy>=2.0",
+    "pandas>=2.2",
     "opencv-python-headless>=4.10",
     "fsspec>=2025.3",
     "filelock>=3.16",

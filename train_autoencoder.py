@@ -158,9 +158,14 @@ def export(
         hub.push(run.path, repo_id, args.hub_private_repo)
 
 
+def parse(argv: list[str] | None = None) -> AutoencoderArguments:
+    """The arguments of a command line; None takes that of the process."""
+    return parse_arguments(AutoencoderArguments, argv, default_recipe="digits_kl")
+
+
 @one_sentence_errors
 def main(argv: list[str] | None = None) -> None:
-    args = parse_arguments(AutoencoderArguments, argv, default_recipe="digits_kl")
+    args = parse(argv)
     if args.dry_run:
         with torch.device("meta"):
             model = Reconstruction(build_autoencoder(args), args.kl_weight, args.seed)

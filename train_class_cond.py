@@ -119,9 +119,14 @@ def make_compute_loss(args: ClassCondArguments, first_stage, objective: Diffusio
     return compute_loss
 
 
+def parse(argv: list[str] | None = None) -> ClassCondArguments:
+    """The arguments of a command line; None takes that of the process."""
+    return parse_arguments(ClassCondArguments, argv, default_recipe="digits_dit_mini")
+
+
 @one_sentence_errors
 def main(argv: list[str] | None = None) -> None:
-    args = parse_arguments(ClassCondArguments, argv, default_recipe="digits_dit_mini")
+    args = parse(argv)
     if args.dry_run:
         return rehearse(args)
     run, accelerator, repo_id = begin(args)

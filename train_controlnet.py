@@ -62,9 +62,14 @@ STARTED = started(
 )
 
 
+def parse(argv: list[str] | None = None) -> ControlNetArguments:
+    """The arguments of a command line; None takes that of the process."""
+    return parse_by_kind(argv, STARTED)
+
+
 @one_sentence_errors
 def main(argv: list[str] | None = None) -> None:
-    args = parse_by_kind(argv, STARTED)
+    args = parse(argv)
 
     def make_backbone(base: Base) -> ControlNetBackbone:
         controlnet = make_controlnet(base.unet, base.factor)

@@ -276,9 +276,14 @@ def export(args: LCMArguments, teaching: Teaching, student, run: RunFolder, resu
     )
 
 
+def parse(argv: list[str] | None = None) -> LCMArguments:
+    """The arguments of a command line; None takes that of the process."""
+    return parse_by_kind(argv, STARTED)
+
+
 @one_sentence_errors
 def main(argv: list[str] | None = None) -> None:
-    args = parse_by_kind(argv, STARTED)
+    args = parse(argv)
     require_whole_average(Layout.of_this_launch().kind in ("fsdp", "zero"))
     if args.dry_run:
         return rehearse(args)

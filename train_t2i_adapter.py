@@ -19,7 +19,7 @@ try:
     from noisycond.control_pipelines import MODULES
     from noisycond.denoisers.control import AdapterBackbone, make_adapter
     from noisycond.errors import one_sentence_errors
-    from noisycond.personalization import personalize, started
+    from noisycond.personalization import PersonalizationArguments, personalize, started
 except ModuleNotFoundError as error:
     sys.exit(f"error: {error.name} is not installed; in the checkout, run: pip install -e .")
 
@@ -27,12 +27,17 @@ except ModuleNotFoundError as error:
 STARTED = started({LABELS: "digits_t2i_adapter", CAPTIONS: "digits_text_t2i_adapter"})
 
 
+def parse(argv: list[str] | None = None) -> PersonalizationArguments:
+    """The arguments of a command line; None takes that of the process."""
+    return parse_by_kind(argv, STARTED)
+
+
 @one_sentence_errors
 def main(argv: list[str] | None = None) -> None:
     def make_backbone(base: Base) -> AdapterBackbone:
         return AdapterBackbone(base.unet, make_adapter(base.unet, base.factor, MODULES[base.condition]))
 
-    personalize(parse_by_kind(argv, STARTED), make_backbone, Path(__file__).name)
+    personalize(parse(argv), make_backbone, Path(__file__).name)
 
 
 if __name__ == "__main__":

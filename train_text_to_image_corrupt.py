@@ -106,9 +106,14 @@ def make_compute_loss(args: TextToImageArguments, first_stage, objective: Diffus
     return compute_loss
 
 
+def parse(argv: list[str] | None = None) -> TextToImageArguments:
+    """The arguments of a command line; None takes that of the process."""
+    return parse_arguments(TextToImageArguments, argv, default_recipe="digits_text")
+
+
 @one_sentence_errors
 def main(argv: list[str] | None = None) -> None:
-    args = parse_arguments(TextToImageArguments, argv, default_recipe="digits_text")
+    args = parse(argv)
     if args.dry_run:
         return rehearse(args)
     run, accelerator, repo_id = begin(args)

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline
 from PIL import Image, ImageDraw, ImageFont
@@ -22,6 +23,20 @@ from noisycond.sampling import is_consistency_sampler, noise_shape, sample_from_
 
 CAPTION_SIZE = 15  # pixels
 ANIMATIONS = (".webp", ".gif")
+
+
+def first_of_classes(labels: np.ndarray, classes: int, per_class: int) -> list[list[int]]:
+    """The places of the first images of some classes, spread over all, of each class as many.
+
+    Args:
+        labels: int64 [N]. classes, per_class: at most so many.
+    """
+    there = sorted(set(labels.tolist()))
+    shown = min(classes, len(there))
+    spread = [there[place * len(there) // shown] for place in range(shown)]
+    of_class = [np.flatnonzero(labels == label)[:per_class].tolist() for label in spread]
+    fewest = min(map(len, of_class), default=0)
+    return [places[:fewest] for places in of_class]
 
 
 def side_by_side(

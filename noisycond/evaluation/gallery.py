@@ -6,7 +6,14 @@ from pathlib import Path
 from accelerate import Accelerator
 
 from noisycond.evaluation.drawing import ImageSet, file_name
-from noisycond.evaluation.figures import circular_walk, enlarging, nearest_neighbours, save_walk, side_by_side
+from noisycond.evaluation.figures import (
+    circular_walk,
+    enlarging,
+    first_of_classes,
+    nearest_neighbours,
+    save_walk,
+    side_by_side,
+)
 from noisycond.evaluation.images import Resize, read_image
 from noisycond.evaluation.neighbours import nearest
 from noisycond.evaluation.references import RealImages
@@ -67,11 +74,7 @@ def draw_samples(sets: Sequence[ImageSet], path: Path) -> Path:
         labels = image_set.source.labels
         numbers = list(range(min(count, 10 * per_class)))
         if labels is not None:
-            classes = sorted(set(labels[:count].tolist()))
-            spread = [classes[row * len(classes) // min(10, len(classes))] for row in range(min(10, len(classes)))]
-            of_class = [[n for n in range(count) if labels[n] == label][:per_class] for label in spread]
-            fewest = min(map(len, of_class))
-            numbers = [number for group in of_class for number in group[:fewest]]
+            numbers = [number for group in first_of_classes(labels[:count], 10, per_class) for number in group]
         name = str(image_set)
         shown[name] = [read_image(image_set.option, image_set.source, number, Resize()) for number in numbers]
     fewest = min(map(len, shown.values()))

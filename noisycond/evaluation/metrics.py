@@ -26,6 +26,10 @@ class Metric:
         """The title with an arrow towards the better values."""
         return self.title + {"lower": " ↓", "higher": " ↑", None: ""}[self.better]
 
+    def form(self, value: float) -> str:
+        """The format of a value in tables: the metric's digits, unless they would show nothing of a small value."""
+        return ".1e" if 0 < abs(value) < 10**-self.decimals else f".{self.decimals}f"
+
 
 METRICS = {
     "fid": Metric("FID", "lower", "fid", 2),
@@ -52,6 +56,11 @@ METRICS = {
     "mask_iou": Metric("mask IoU", "higher", "control_masks"),
     "mask_iou_shuffled": Metric("mask IoU, shuffled", None, "control_masks"),
 }
+
+
+def metric_of(name: str) -> Metric:
+    """The metric of this name; of a name that is none's, one under its own name, of which neither way is better."""
+    return METRICS.get(name, Metric(name, None, name))
 
 
 def check_names(option: str, names: Sequence[str]) -> None:

@@ -9,14 +9,10 @@ from pathlib import Path
 
 from noisycond.errors import require
 from noisycond.evaluation.drawing import Subject
-from noisycond.evaluation.metrics import METRICS, Metric
+from noisycond.evaluation.metrics import metric_of
 from noisycond.evaluation.uncertainty import MetricSummary, Summary, conclusive, summarize
+from noisycond.markdown import INCONCLUSIVE, MISSING, WIDE, escaped, markdown_table
 from noisycond.run_folder import write_atomically
-
-
-MISSING = "–"
-INCONCLUSIVE = "≈"
-WIDE = 8  # more metrics than these, and than lines, make a table that is turned: a line per metric
 
 
 def write_report(folder: str | Path, rows: Sequence[dict], settings: dict, metrics: Sequence[str]) -> str:
@@ -80,13 +76,13 @@ def metrics_table(summaries: Sequence[Summary], metrics: Sequence[str]) -> str:
         columns = [_column(group, name, notes) for name in metrics]
         for number, summary in enumerate(group):
             images = MISSING if summary.num_images is None else f"{summary.num_images:,}"
-            first = [_escaped(summary.label), _scale(scale), images, _repeats(summary)]
+            first = [escaped(summary.label), _scale(scale), images, _repeats(summary)]
             lines.append(first + [column[number] for column in columns])
-    head = ["label", "guidance", "images", "over"] + [_metric(name).heading for name in metrics]
-    if len(metrics) > max(WIDE, len(lines)):
-        table = _markdown_table(*_transposed(head, lines), left=(0,))
+    head = ["label", "guidance", "images", "over"] + [metric_of(name).heading for name in metrics]
+    if len(metrics) > max(WIDE, len(lines)):  # turned: a line per metric
+        table = markdown_table(*_transposed(head, lines), left=(0,))
     else:
-        table = _markdown_table(head, lines, left=(0, 3))
+        table = markdown_table(head, lines, left=(0, 3))
     return "\n\n".join([table, *_legend(summaries, metrics, table), *notes])
 
 
@@ -125,7 +121,7 @@ def plot_metrics(folder: str | Path, summaries: Sequence[Summary], metrics: Sequ
     for name, axes in zip(metrics, panels, strict=True):
         draw = _draw_over_guidance if over_guidance else _draw_points
         draw(axes, summaries, name, labels)
-        axes.set_title(_metric(name).heading, fontsize=10)
+        axes.set_title(metric_of(name).heading, fontsize=10)
         axes.tick_params(labelsize=8)
         axes.grid(alpha=0.3)
         if not any(_finite(summary, name) for summary in summaries):
@@ -147,22 +143,8 @@ def plot_metrics(folder: str | Path, summaries: Sequence[Summary], metrics: Sequ
     return path
 
 
-def _metric(name: str) -> Metric:
-    return METRICS.get(name, Metric(name, None, name))
-
-
 def _scale(scale: float | None) -> str:
     return MISSING if scale is None else f"{scale:g}"
-
-
-def _escaped(text: object) -> str:
-    return " ".join(str(text).split()).replace("|", "\\|")
-
-
-def _format(value: float, name: str) -> str:
-    """The metric's digits after the point, unless they would show nothing of a small value."""
-    decimals = _metric(name).decimals
-    return ".1e" if 0 < abs(value) < 10**-decimals else f".{decimals}f"
 
 
 def _interval(interval: Sequence[float] | None, form: str) -> str:
@@ -195,7 +177,7 @@ def _column(group: Sequence[Summary], name: str, notes: list[str]) -> list[str]:
         if found is None:
             cells.append(f"{MISSING} [{_noted(notes, name, summary)}]")
             continue
-        form = _format(found.mean, name)
+        form = metric_of(name).form(found.mean)
         number = f"**{found.mean:{form}}**" if bold and equal[n] else f"{found.mean:{form}}"
         spread = "" if found.spread is None else f" ± {found.spread:{form}}"
         mark = f" {INCONCLUSIVE}" if verdicts[n] is False and not equal[n] else ""
@@ -207,7 +189,7 @@ def _column(group: Sequence[Summary], name: str, notes: list[str]) -> list[str]:
 def _best(group: Sequence[Summary], name: str) -> Summary | None:
     """The first of the best; None where neither way is better."""
     with_it = [summary for summary in group if _finite(summary, name)]
-    better = _metric(name).better
+    better = metric_of(name).better
     if not with_it or better is None:
         return None
     choose = min if better == "lower" else max
@@ -225,7 +207,7 @@ def _noted(notes: list[str], name: str, summary: Summary) -> int:
         reason = summary.skipped[name]
     else:
         reason = "the value is not finite." if name in summary.metrics else "not computed."
-    text = f"{_metric(name).title}{' of some rows' if _finite(summary, name) else ''}: {_escaped(reason)}"
+    text = f"{metric_of(name).title}{' of some rows' if _finite(summary, name) else ''}: {escaped(reason)}"
     known = [note.split("] ", 1)[1] for note in notes]
     if text not in known:
         notes.append(f"[{len(notes) + 1}] {text}")
@@ -260,30 +242,18 @@ def _rows_table(rows: Sequence[dict], metrics: Sequence[str]) -> str:
     for row in rows:
         seed = MISSING if row["seed"] is None else str(row["seed"])
         source = row["pipeline"] if row["pipeline"] is not None else row["images"]
-        line = [_escaped(row["label"]), _escaped(source), _scale(row["guidance_scale"]), seed]
+        line = [escaped(row["label"]), escaped(source), _scale(row["guidance_scale"]), seed]
         for name in metrics:
             found = row["metrics"].get(name, {})
             value = found.get("value")
             if value is None or not math.isfinite(value):
                 line.append(MISSING)
             else:
-                form = _format(value, name)
+                form = metric_of(name).form(value)
                 line.append(f"{value:{form}}" + _interval(found.get("interval"), form))
         lines.append(line)
-    head = ["label", "run", "guidance", "seed"] + [_metric(name).heading for name in metrics]
-    return _markdown_table(head, lines, left=(0, 1))
-
-
-def _markdown_table(head: Sequence[str], lines: Sequence[Sequence[str]], left: Sequence[int]) -> str:
-    """Padded, so that it also reads well as plain text; numbers to the right."""
-    widths = [max(3, *(len(line[n]) for line in [head, *lines])) for n in range(len(head))]
-
-    def padded(line):
-        cells = [text.ljust(widths[n]) if n in left else text.rjust(widths[n]) for n, text in enumerate(line)]
-        return "| " + " | ".join(cells) + " |"
-
-    rule = ["-" * width if n in left else "-" * (width - 1) + ":" for n, width in enumerate(widths)]
-    return "\n".join([padded(head), padded(rule), *(padded(line) for line in lines)])
+    head = ["label", "run", "guidance", "seed"] + [metric_of(name).heading for name in metrics]
+    return markdown_table(head, lines, left=(0, 1))
 
 
 def _choices(settings: Mapping, depth: int = 0) -> str:

@@ -1,0 +1,154 @@
+#!/usr/bin/env python
+"""Runs a study: trains, draws from and measures every cell of a grid with every seed, and writes tables, the figures
+of the paper and one HTML report.
+
+python study.py studies/quick.yaml                  # some minutes on two CPU cores
+python study.py studies/digits.yaml --seeds 0       # one seed of a larger one; the next call goes on
+python study.py studies/in1k.yaml --submit jobs     # one script per run for a SLURM array
+"""
+
+import importlib
+import os
+import signal
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+
+try:
+    from noisycond.arguments import Arguments, flag, parse_arguments
+    from noisycond.errors import one_sentence_errors, require, writing
+    from noisycond.study.definition import Study, find_study, read_study
+    from noisycond.study.figures import draw_figures
+    from noisycond.study.planning import Plan, plan_runs, refuse_unknown_flags
+    from noisycond.study.progress import Progress
+    from noisycond.study.report import write_report
+    from noisycond.study.results import Results, is_done, known_records, read_results
+    from noisycond.study.running import Launcher, Runner, cpu_launcher, gpu_launcher
+    from noisycond.study.tables import write_tables
+except ModuleNotFoundError as error:
+    sys.exit(f"error: {error.name} is not installed; in the checkout, run: pip install -e .")
+
+
+@dataclass
+class StudyArguments(Arguments):
+    output_dir: str | None = flag(
+        None, "Where models, logs, results and the report are written; the default is runs/studies/NAME."
+    )
+    results_dir: str | None = flag(
+        None, "Where the result of each run is kept, to be committed or shared; the default is OUTPUT_DIR/results."
+    )
+    cells: list[str] = flag([], "Run these cells alone, by their names; all others are left as they are.")
+    seeds: list[int] = flag([], "Run these seeds alone.")
+    blocks: list[str] = flag([], "Run these blocks alone.")
+    jobs: int | None = flag(None, "Runs side by side; the default is one for each core, or each group of GPUs.")
+    gpus_per_run: int = flag(1, "GPUs of each run.")
+    launch_arguments: str = flag("", "Words for `accelerate launch` of every run, in one: '--mixed_precision bf16'.")
+    retries: int = flag(1, "A run that fails is tried again so often, unless its settings are refused.")
+    keep_images: bool = flag(False, "Keep drawn images and features when their metrics are recorded.")
+    report_dir: str | None = flag(
+        None, "Where tables, figures and report.html are written; the default is the output folder."
+    )
+    report_only: bool = flag(False, "Run nothing; write tables, figures and report of what there is.")
+    dry_run: bool = flag(False, "Print what would be run, and leave.")
+
+    def __post_init__(self):
+        super().__post_init__()
+        require(self.jobs is None or self.jobs > 0, f"--jobs is {self.jobs}, but it must be positive.")
+        require(self.gpus_per_run > 0, f"--gpus_per_run is {self.gpus_per_run}, but it must be positive.")
+        require(self.retries >= 0, f"--retries is {self.retries}, but it must not be negative.")
+        require(not (self.report_only and self.dry_run), "--report_only and --dry_run do not go together.")
+
+
+def parse(argv: list[str] | None = None) -> tuple[Path, StudyArguments]:
+    """The study's file and the flags of a command line; None takes that of the process."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    require(
+        words and not words[0].startswith("-") or "--help" in words,
+        "the first word must be the study: a YAML file, or the name of one in studies/.",
+    )
+    args = parse_arguments(StudyArguments, words if "--help" in words else words[1:])
+    return find_study(words[0]), args
+
+
+def check_settings(study: Study) -> dict[str, str]:
+    """By the name of a cell whose settings a script refuses, its sentence; see [`refuse_unknown_flags`]."""
+    scripts = {stage.script for cell in study.cells for stage in (*cell.stages, study.evaluation)}
+    return refuse_unknown_flags(study, {name: importlib.import_module(name).parse for name in scripts})
+
+
+def make_launcher(args: StudyArguments) -> Launcher:
+    """Side by side what the devices allow."""
+    import torch
+
+    count = torch.cuda.device_count()
+    if not count:
+        require(args.gpus_per_run == 1, f"--gpus_per_run is {args.gpus_per_run}, but there is no GPU here.")
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        return cpu_launcher(args.launch_arguments, args.jobs or cores, cores)
+    require(args.gpus_per_run <= count, f"--gpus_per_run is {args.gpus_per_run}, but there are {count} GPUs here.")
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(count)))
+    return gpu_launcher(args.launch_arguments, visible.split(","), args.gpus_per_run, args.jobs)
+
+
+def run(args: StudyArguments, study: Study, plans: list[Plan], folder: Path, records: Path) -> None:
+    """Runs what is not done yet; Ctrl-C and SIGTERM stop it, and the next call goes on."""
+    known = known_records(records)
+    left = [plan for plan in plans if not is_done(known.get(plan.identity))]
+    if not left:
+        return
+    refused, launcher = check_settings(study), make_launcher(args)
+    scale = study.report_guidance_scale or 1.0
+
+    def samples_at(plan: Plan) -> float | None:
+        return scale if plan.run.seed == study.seeds[0] else None
+
+    runner = Runner(folder, records, launcher, refused, args.retries, args.keep_images, samples_at)
+    progress = Progress(len(plans), len(plans) - len(left), len(launcher.slots))
+    print(f"{len(left)} of {len(plans)} runs to do, {len(launcher.slots)} side by side.", flush=True)
+    before = {number: signal.signal(number, lambda *_: runner.stop()) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        runner.run(left, progress)
+    finally:
+        progress.close()
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if runner.is_stopping:
+        print(f"Stopped; the same command goes on: {len(left)} runs were to do.")
+
+
+def publish(results: Results, folder: Path) -> Path:
+    """Writes tables, figures and the report of what there is; returns the report."""
+    with writing(f"--report_dir {folder}", "the report (the results are kept; --report_only writes it again)"):
+        folder.mkdir(parents=True, exist_ok=True)
+        tables, figures = write_tables(results, folder), draw_figures(results, folder / "figures")
+        return write_report(results, tables, figures, folder / "report.html")
+
+
+@one_sentence_errors
+def main(argv: list[str] | None = None) -> None:
+    path, args = parse(argv)
+    study = read_study(str(path))
+    folder = Path(args.output_dir or Path("runs") / "studies" / study.name)
+    records = Path(args.results_dir or folder / "results")
+    plans = plan_runs(study, study.runs(args.cells, args.seeds, args.blocks), folder)
+    if args.dry_run:
+        for plan in plans:
+            print(f"# {plan.run}", *(step.command() for step in plan.steps), sep="\n")
+        return
+    if not args.report_only:
+        with writing(f"--output_dir {folder}", "a folder"):
+            folder.mkdir(parents=True, exist_ok=True)
+        run(args, study, plans, folder, records)
+    results = read_results(study, plan_runs(study, study.runs(), folder), records)
+    print(f"{results.done} of {len(results.runs)} runs are done.")
+    report = publish(results, Path(args.report_dir or folder))
+    print(f"Tables: {report.with_name('results.md')}\nReport: {report}")
+    failed = sum(line["status"] == "failed" for line in results.runs)
+    if failed:
+        print(f"{failed} runs failed; the report says why, and the same command tries them again.", file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
