@@ -3,7 +3,6 @@
 Letters: P positions of the walk, C latent channels, h × w their size.
 """
 
-import functools
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
@@ -12,11 +11,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
 from noisycond import randomness
 from noisycond.errors import require
-from noisycond.pictures import image_grid
+from noisycond.pictures import caption_font, image_grid
 from noisycond.randomness import Purpose
 from noisycond.sampling import is_consistency_sampler, noise_shape, sample_from_noise
 
@@ -203,17 +202,9 @@ def _sized(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     return image.convert("RGB").resize(size, Image.Resampling.NEAREST if larger else Image.Resampling.LANCZOS)
 
 
-@functools.cache
-def _caption_font() -> ImageFont.FreeTypeFont:
-    """The font that comes with matplotlib: Pillow's own has no Greek letters, and labels do (γ, η)."""
-    import matplotlib
-
-    return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSans.ttf"), CAPTION_SIZE)
-
-
 def _captioned(image: Image.Image, text: str, below: bool = False) -> Image.Image:
     """The image with a caption, on white, wide enough for both."""
-    font = _caption_font()
+    font = caption_font(CAPTION_SIZE)
     width = max(image.width, math.ceil(font.getlength(text)) + 4)
     height = CAPTION_SIZE + 8
     canvas = Image.new("RGB", (width, image.height + height), "white")
