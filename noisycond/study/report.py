@@ -11,34 +11,32 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import jinja2
 from PIL import Image
 
 from noisycond.errors import writing
 from noisycond.evaluation.metrics import METRICS
-from noisycond.evaluation.report import INCONCLUSIVE, MISSING, plain, said
+from noisycond.evaluation.report import plain, said
+from noisycond.markdown import MISSING
 from noisycond.run_folder import write_atomically
+from noisycond.study.definition import Stage, StudyCell
+from noisycond.study.figures import Figure
+from noisycond.study.results import Results
+from noisycond.study.statistics import LEVEL
+from noisycond.study.tables import FAILED, LEGEND, MARKS, Table, run_table
 
 
-if TYPE_CHECKING:
-    from noisycond.study.definition import Stage, StudyCell
-    from noisycond.study.figures import Figure
-    from noisycond.study.results import Results
-    from noisycond.study.tables import Table
-
-# Verdict to its sign and what it means.
 VERDICTS = {
-    "better": ("+", "better"),
-    "worse": ("−", "worse"),
-    "higher": ("↑", "higher, where neither way is better"),
-    "lower": ("↓", "lower, where neither way is better"),
-    "inconclusive": (INCONCLUSIVE, "inconclusive"),
+    "better": "better",
+    "worse": "worse",
+    "higher": "higher, where neither way is better",
+    "lower": "lower, where neither way is better",
+    "inconclusive": "inconclusive",
 }
+LONG = 40  # characters of a text that may take several lines
 OPEN_RUNS = 30  # a list of more runs is folded
 SHOWN_VALUES = 6  # of a choice in which runs differ
-_NUMBER = re.compile(r"[\[<]?\s*[+−-]?\d")
 _TEMPLATES = jinja2.Environment(
     loader=jinja2.PackageLoader("noisycond", "study"),
     autoescape=True,
@@ -48,18 +46,19 @@ _TEMPLATES = jinja2.Environment(
 )
 
 
-def write_report(results: "Results", tables: Sequence["Table"], figures: Sequence["Figure"], path: str | Path) -> Path:
+def write_report(results: Results, tables: Sequence[Table], figures: Sequence[Figure], path: str | Path) -> Path:
     """Writes the report, pictures included, to one file; an earlier one is replaced when the new one is whole.
 
     Args:
-        results: the runs, their values and the study. tables: in the order to show; a mark is a key of [`VERDICTS`] or
-            empty. figures: in the order to show; PNG, JPEG or WebP files. path: the file to write.
+        results: the runs, their values and the study. tables: in the order to show; the one of runs that are not done
+            stands with the runs. figures: in the order to show; PNG, JPEG or WebP files. path: the file to write.
 
     Raises:
         InputError: the file cannot be written, for instance for want of space.
     """
     path = Path(path)
-    study = results.study
+    study, failed = results.study, run_table(results)
+    tables = [table for table in tables if table.title != FAILED]
     page = _TEMPLATES.get_template("report.html.jinja").render(
         title=study.title,
         facts=_facts(results),
@@ -68,7 +67,11 @@ def write_report(results: "Results", tables: Sequence["Table"], figures: Sequenc
         health=_health(results),
         figures=[_shown_figure(figure, anchor) for figure, anchor in _anchored(figures, "figure", "name")],
         tables=[_shown_table(table, anchor) for table, anchor in _anchored(tables, "table", "title")],
-        verdicts={verdict: VERDICTS[verdict] for verdict in VERDICTS if _occurs(verdict, tables)},
+        failed=None if failed is None else _shown_table(failed, "failed"),
+        legend=LEGEND[0],
+        marks=MARKS,
+        verdicts={verdict: meaning for verdict, meaning in VERDICTS.items() if _occurs(verdict, tables)},
+        level=LEVEL,
         runs=_runs(results.runs),
         choices=_merged([run["image_choices"] for run in results.runs if run.get("image_choices")]),
         environment=_merged([run["environment"] for run in results.runs if run.get("environment")]),
@@ -82,7 +85,7 @@ def write_report(results: "Results", tables: Sequence["Table"], figures: Sequenc
     return path
 
 
-def _facts(results: "Results") -> list[dict]:
+def _facts(results: Results) -> list[dict]:
     """What the study is: headings with lines, of which some are commands."""
     study, values = results.study, results.values
     blocks = f", in {len(study.blocks)} blocks: {'; '.join(study.blocks)}" if len(study.blocks) > 1 else ""
@@ -114,7 +117,7 @@ def _facts(results: "Results") -> list[dict]:
     ]
 
 
-def _trainings(cells: Sequence["StudyCell"]) -> list[str]:
+def _trainings(cells: Sequence[StudyCell]) -> list[str]:
     """Each training as it is where a cell does not set otherwise, a command per script; empty where pipelines are only
     evaluated."""
     commands = []
@@ -130,7 +133,7 @@ def _trainings(cells: Sequence["StudyCell"]) -> list[str]:
     return commands
 
 
-def _command(stage: "Stage") -> str:
+def _command(stage: Stage) -> str:
     return shlex.join([f"{stage.script}.py", *stage.arguments()])
 
 
@@ -139,7 +142,7 @@ def _unbroken(text: str) -> str:
     return re.sub(r" (?=[=%↓↑])|(?<==) ", "\u00a0", text)
 
 
-def _cells(cells: Sequence["StudyCell"]) -> list[dict]:
+def _cells(cells: Sequence[StudyCell]) -> list[dict]:
     return [
         {
             "label": cell.label,
@@ -151,13 +154,13 @@ def _cells(cells: Sequence["StudyCell"]) -> list[dict]:
     ]
 
 
-def _settings(cell: "StudyCell") -> str:
+def _settings(cell: StudyCell) -> str:
     """What the study says of this cell alone."""
     told = [f"{flag} {said(value)}" for flag, value in cell.settings.items()]
     return ", ".join([cell.pipeline] if cell.pipeline is not None else told) or MISSING
 
 
-def _health(results: "Results") -> dict:
+def _health(results: Results) -> dict:
     """How many runs there are of each kind, and what they took. A run that was never tried is missing."""
     study, found = results.study, Counter(run["status"] for run in results.runs)
     asked = max(len(study.cells) * len(study.seeds), len(results.runs))
@@ -192,7 +195,7 @@ def _anchored(entries: Sequence, kind: str, name: str) -> Iterator[tuple]:
         yield entry, f"{kind}-{slug}" + (f"--{seen[slug]}" if seen[slug] > 1 else "")
 
 
-def _shown_figure(figure: "Figure", anchor: str) -> dict:
+def _shown_figure(figure: Figure, anchor: str) -> dict:
     data = Path(figure.path).read_bytes()
     with Image.open(BytesIO(data)) as image:
         kind, (width, height) = Image.MIME[image.format], image.size
@@ -207,33 +210,34 @@ def _shown_figure(figure: "Figure", anchor: str) -> dict:
     }
 
 
-def _shown_table(table: "Table", anchor: str) -> dict:
-    marks = table.marks or [[""] * len(line) for line in table.lines]
+def _shown_table(table: Table, anchor: str) -> dict:
     columns = [[line[n] for line in table.lines] for n in range(len(table.head))]
     return {
         "anchor": anchor,
         "title": table.title,
         "caption": table.caption,
         "head": table.head,
-        "kinds": ["number" if _is_of_numbers(column) else "text" for column in columns],
-        "marked": [any(column) for column in zip(*marks, strict=True)] or [False] * len(table.head),
+        "kinds": [_kind(column, n in table.left) for n, column in enumerate(columns)],
+        "marked": [any(line[n] for line in table.marks) for n in range(len(table.head))],
         "lines": [
-            list(zip([_unbroken(line[0]), *line[1:]], marked, strict=True))
-            for line, marked in zip(table.lines, marks, strict=True)
+            list(zip([_unbroken(line[0]), *line[1:]], marks, strict=True))
+            for line, marks in zip(table.lines, table.marks, strict=True)
         ],
     }
 
 
-def _is_of_numbers(column: Sequence[str]) -> bool:
-    return all(_NUMBER.match(text) or text in ("", MISSING) for text in column)
+def _kind(column: Sequence[str], is_text: bool) -> str:
+    if not is_text:
+        return "number"
+    return "long" if any(len(text) > LONG for text in column) else "text"
 
 
-def _occurs(verdict: str, tables: Sequence["Table"]) -> bool:
+def _occurs(verdict: str, tables: Sequence[Table]) -> bool:
     return any(verdict in marks for table in tables for marks in table.marks)
 
 
 def _runs(runs: Sequence[Mapping]) -> dict:
-    """The runs as the page lists them: a line each, those that are not done again with their reason, and commands."""
+    """The runs as the page lists them, a line each, and their commands."""
     scripts = list(dict.fromkeys(script for run in runs for script in run.get("seconds") or {}))
     lines = [
         {
@@ -244,7 +248,6 @@ def _runs(runs: Sequence[Mapping]) -> dict:
             "attempts": run.get("attempts") or 0,
             "seconds": [_rounded((run.get("seconds") or {}).get(script)) for script in scripts],
             "total": _rounded(_seconds(run) or None),
-            "reason": run.get("reason") or "",
         }
         for run in runs
     ]
@@ -252,7 +255,6 @@ def _runs(runs: Sequence[Mapping]) -> dict:
         "scripts": scripts,
         "lines": lines,
         "open": len(lines) <= OPEN_RUNS,
-        "troubled": [line for line in lines if line["status"] != "done"],
         "commands": _commands(runs),
     }
 

@@ -2,6 +2,7 @@
 
 import base64
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,8 +13,11 @@ from PIL import Image
 
 from noisycond.errors import InputError
 from noisycond.study.definition import Stage, Study, StudyCell
+from noisycond.study.figures import Figure
 from noisycond.study.methods import method_of
 from noisycond.study.report import write_report
+from noisycond.study.results import COLUMNS, Results
+from noisycond.study.tables import FAILED, Table, write_tables
 
 
 VOID = {"meta", "link", "img", "br", "hr", "input"}
@@ -27,6 +31,7 @@ class Page(HTMLParser):
 
     def __init__(self, path: Path):
         super().__init__()
+        self.path = path
         self.source = path.read_text(encoding="utf-8")
         self.elements: list[SimpleNamespace] = []
         self.open: list[SimpleNamespace] = []
@@ -95,44 +100,40 @@ def run_of(label: str, seed: int, status="done", block="", **other) -> dict:
     } | other
 
 
-def values_of(runs, scales=(1.0, 2.25)) -> pandas.DataFrame:
-    lines = [
-        (run["block"], run["cell"], scale, None, metric, 1.0)
-        for run in runs
-        if run["status"] == "done"
-        for scale in scales
-        for metric in ("fid", "entropy")
-    ]
-    frame = pandas.DataFrame(lines, columns=["block", "cell", "guidance_scale", "step", "metric", "value"])
-    return frame.astype({"guidance_scale": float, "step": "Int64"})
+def values_of(study: Study, runs, scales=(1.0, 2.25)) -> pandas.DataFrame:
+    methods = {(each.block, each.label): each.method for each in study.cells}
+    lines = []
+    for run in runs:
+        if run["status"] == "done":
+            m = methods[run["block"], run["cell"]]
+            head = (run["block"], run["cell"], m.kind, m.type, m.mode, m.strength, m.title, run["seed"])
+            lines += [(*head, scale, None, name, 1.0) for scale in scales for name in ("fid", "entropy")]
+    frame = pandas.DataFrame(lines, columns=list(COLUMNS))
+    return frame.astype({"strength": float, "guidance_scale": float, "value": float, "step": "Int64"})
 
 
-def results_of(study: Study, runs=None) -> SimpleNamespace:
+def results_of(study: Study, runs=None) -> Results:
     if runs is None:
         runs = [run_of(each.label, seed, block=each.block) for seed in study.seeds for each in study.cells]
-    return SimpleNamespace(study=study, runs=runs, values=values_of(runs))
+    return Results(study, runs, values_of(study, runs))
 
 
-def table_of(title="All cells", marks=None) -> SimpleNamespace:
+def table_of(title="All cells", **other) -> Table:
     lines = [["clean", "10.00 ± 0.20", "5.00"], ["η = 2.5 %", "9.10 ± 0.30", "5.10"], ["CEP-U, γ = 1", "–", "5.20"]]
-    given = [["", "", ""], ["", "better", "higher"], ["", "", "inconclusive"]]
-    return SimpleNamespace(
-        title=title,
-        caption="Mean ± spread.",
-        head=["method", "FID ↓", "entropy"],
-        lines=lines,
-        marks=given if marks is None else marks,
-    )
+    marks = [["", "", ""], ["", "better", "higher"], ["", "", "inconclusive"]]
+    given = {"title": title, "caption": "Mean ± spread.", "head": ["method", "FID ↓", "entropy"]}
+    return Table(**(given | {"lines": lines, "marks": marks} | other))
 
 
 @pytest.fixture
-def figures(tmp_path) -> list[SimpleNamespace]:
+def figures(tmp_path) -> list[Figure]:
     made = []
     for number, ending in enumerate(("png", "webp")):
         path = tmp_path / f"figure-{number}.{ending}"
         Image.new("RGB", (40, 20 + number), "red").save(path)
-        words = {"title": f"Figure {number}", "caption": "Bars are the spread.", "alt": "A line that falls."}
-        made.append(SimpleNamespace(name=f"fid_over_eta_{number}", path=path, **words))
+        made.append(
+            Figure(f"fid_over_eta_{number}", f"Figure {number}", "Bars are the spread.", path, "A falling line.")
+        )
     return made
 
 
@@ -223,12 +224,12 @@ class TestPictures:
             head, data = image.of["src"].split(",")
             assert head == f"data:image/{kind};base64" and base64.b64decode(data) == figure.path.read_bytes()
             assert page.source.count(data) == 1
-            assert image.of["alt"] == "A line that falls."
+            assert image.of["alt"] == "A falling line."
         assert [(each.of["width"], each.of["height"]) for each in images] == [("40", "20"), ("40", "21")]
         assert [each.text for each in page.all("figcaption")] == ["Bars are the spread."] * 2
 
     def test_one_without_a_text_is_called_by_its_title(self, tmp_path, figures):
-        figures[0].alt = ""
+        figures = [replace(figures[0], alt="")]
         assert written(tmp_path, results_of(study_of(*CELLS)), [], figures).all("img")[0].of["alt"] == "Figure 0"
 
 
@@ -285,7 +286,7 @@ class TestTables:
     def test_verdicts_show_by_sign_word_and_colour(self, page):
         assert page.rows("Mean ± spread.") == [
             ["clean", "10.00 ± 0.20", "5.00"],
-            ["η = 2.5 %", "9.10 ± 0.30 +, better", "5.10 ↑, higher"],
+            ["η = 2.5 %", "9.10 ± 0.30 ▲, better", "5.10 △, higher"],
             ["CEP-U, γ = 1", "–", "5.20 ≈, inconclusive"],
         ]
         assert len(page.all("span", class_="mark better")) == len(page.all("span", class_="mark higher")) == 2
@@ -295,15 +296,27 @@ class TestTables:
     def test_the_legend_has_the_signs_that_occur(self, page):
         (legend,) = page.all("ul", class_="legend")
         words = [each.text for each in page.all("li") if legend in each.around]
-        assert words == ["+ better", "↑ higher, where neither way is better", "≈ inconclusive"]
+        assert words == ["▲ better", "△ higher, where neither way is better", "≈ inconclusive"]
 
     def test_numbers_stand_to_the_right_and_words_to_the_left(self, page):
-        (head, *_) = [each.around[-1] for each in page.all("th") if each.text == "FID ↓"]
-        classes = {each.text: each.of.get("class") for each in page.all("th") if each.around[-1] is head}
-        assert classes == {"method": None, "FID ↓": "number", "entropy": "number"}
+        long = "A reason of more words than stand well on one line."
+        lines = [["clean", "1", "done", long]] * 2
+        page = written(
+            page.path.parent,
+            results_of(study_of(*CELLS)),
+            [table_of(head=["a", "b", "c", "d"], lines=lines, marks=[[""] * 4] * 2, left=(0, 2, 3))],
+        )
+        heads = {each.text: each.of.get("class") for each in page.all("th") if each.text in "abcd"}
+        assert heads == {"a": None, "b": "number", "c": None, "d": None}
+        kinds = {
+            each.text: each.of["class"]
+            for each in page.all("td")
+            if each.text in ("1", "done", long) and "class" in each.of
+        }
+        assert kinds == {"1": "number", "done": "text", long: "long"}
 
     def test_one_without_marks(self, tmp_path):
-        page = written(tmp_path, results_of(study_of(*CELLS)), [table_of(marks=[])])
+        page = written(tmp_path, results_of(study_of(*CELLS)), [table_of(marks=[[""] * 3] * 3)])
         assert len(page.rows("Mean ± spread.")) == 3 and not page.all("ul", class_="legend")
 
 
@@ -317,14 +330,20 @@ class TestRuns:
     def test_all_went_well(self, tmp_path):
         page = written(tmp_path, results_of(study_of(*CELLS)))
         assert "6 of 6 runs done, none failed, none missing." in " ".join(page.section("progress").text.split())
-        assert "Failed and missing" not in page.section("runs").text
+        assert FAILED not in page.section("runs").text
 
     def test_status_seconds_and_reason(self, page):
-        assert page.rows("What is not done") == [
-            ["cep-u-1", "1", "✗ failed", "the loss was not finite.", "3", "–", "–", "–"],
-        ]
+        assert page.rows("1 run of 6;") == [["CEP-U, γ = 1", "1", "failed", "3", "the loss was not finite."]]
         lines = page.rows("Wall-clock")
         assert len(lines) == 6 and lines[0] == ["clean", "0", "✓ done", "1", "1,500", "60", "1,560"]
+
+    def test_those_not_done_stand_with_the_runs_alone(self, tmp_path):
+        runs = [run_of(each.label, seed, "failed" if seed else "done") for seed in (0, 1) for each in CELLS]
+        results = results_of(study_of(*CELLS), runs)
+        page = written(tmp_path, results, write_tables(results, tmp_path / "tables"))
+        titles = [each.text for each in page.all("h3")]
+        assert titles.count(FAILED) == 1 and "Every setting, guidance scale 2.25" in titles
+        assert page.section("runs").text.count(FAILED) == 1
 
     def test_commands_are_folded_by_cell(self, page):
         folded = [each for each in page.all("pre") if any(around.tag == "details" for around in each.around)]
@@ -366,17 +385,15 @@ class TestText:
         runs = [run_of("clean", 0), run_of(evil, 0, "failed", reason=f"It said {evil}.", commands=[evil])]
         runs[0]["image_choices"] = {evil: {evil: evil}}
         runs[0]["environment"] = {evil: evil}
-        table = table_of(evil)
-        table.head[1] = table.caption = table.lines[0][0] = table.lines[0][1] = evil
-        for name in ("title", "caption", "alt", "name"):
-            setattr(figures[0], name, evil)
+        table = table_of(evil, caption=evil, head=[evil] * 3, lines=[[evil] * 3] * 3)
+        figures = [Figure(evil, evil, evil, figures[0].path, evil)]
         path = tmp_path / "study.yaml"
         path.write_text(f"title: {evil}\n")
         results = results_of(study_of(*cells, seeds=[0], title=evil, path=str(path)), runs)
         page = written(tmp_path, results, [table], figures)
         assert len(page.all("script")) == 1 and "alert" not in page.all("script")[0].text
         assert "<script>alert" not in page.source and "&lt;script&gt;alert" in page.source
-        assert page.rows("What is not done")[0][3] == f"It said {evil}."
+        assert page.rows("1 run of 2;")[0][-1] == f"It said {evil}."
         assert page.all("h1")[0].text == evil and page.all("img")[0].of["alt"] == evil
 
     @pytest.mark.parametrize("seeds", [(0,), (0, 1)])
