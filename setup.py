@@ -26,6 +26,7 @@ INSTALL_REQUIRES = [
     "opencv-python-headless>=4.10",
     "fsspec>=2025.3",
     "filelock>=3.16",
+    "jinja2>=3.1",
     "pillow>=11.0",
     "psutil>=5.9",
     "pyyaml>=6.0",
@@ -54,7 +55,14 @@ setup(
     packages=[*find_packages(include=["noisycond", "noisycond.*"]), "noisycond.pipelines"],
     # pipelines/ stands at the root of the checkout, where people look for it, and is installed below noisycond.
     package_dir={"noisycond.pipelines": "pipelines"},
-    package_data={"noisycond": ["data/first_stages/*/*", "data/text_encoders/*/*", "evaluation/weights/*/*"]},
+    package_data={
+        "noisycond": [
+            "data/first_stages/*/*",
+            "data/text_encoders/*/*",
+            "evaluation/weights/*/*",
+            "study/report.html.jinja",
+        ]
+    },
     install_requires=INSTALL_REQUIRES,
     extras_require=EXTRAS,
     classifiers=[

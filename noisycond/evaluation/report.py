@@ -264,12 +264,14 @@ def _choices(settings: Mapping, depth: int = 0) -> str:
         if isinstance(value, dict) and value:
             lines += [f"{indent}- {name}:", _choices(value, depth + 1)]
         else:
-            words = ", ".join(map(_said, value)) or "none" if isinstance(value, list) else _said(value)
-            lines.append(f"{indent}- {name}: {words}")
+            lines.append(f"{indent}- {name}: {said(value)}")
     return "\n".join(lines)
 
 
-def _said(value: object) -> str:
+def said(value: object) -> str:
+    """A setting as reports say it: yes, no and none for Python's words, lists with commas."""
+    if isinstance(value, list):
+        return ", ".join(map(said, value)) or "none"
     return {None: "none", True: "yes", False: "no"}[value] if value is None or isinstance(value, bool) else str(value)
 
 
