@@ -17,6 +17,7 @@ from collections.abc import Mapping
 from multiprocessing.connection import wait
 from pathlib import Path
 
+import torch
 from launching import ROOT
 
 
@@ -37,11 +38,12 @@ LIBRARIES = [
     "cv2",
     "webdataset",
 ]
+OURS = {"", str(ROOT), str(Path(__file__).parent)}  # places from which something of ours can be imported
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(LIBRARIES)
 
 
-def _become(file: str, words: list[str], environment: dict, folder: str, outputs: list[str]) -> None:
+def _become(file: str, words: list[str], environment: dict, folder: str, outputs: list[str], alone: bool) -> None:
     """What the forked process does: it leads a session of its own and runs the program as the interpreter does."""
     os.setsid()
     for descriptor, output in enumerate(outputs, start=1):
@@ -52,8 +54,13 @@ def _become(file: str, words: list[str], environment: dict, folder: str, outputs
     os.environ.update(environment)
     os.chdir(folder)
     sys.argv[:] = [file, *words]
+    if alone:
+        sys.path[:] = [place for place in sys.path if place not in OURS]
+        assert not any(name.partition(".")[0] in ("noisycond", "pipelines") for name in sys.modules)
     sys.path.insert(0, str(Path(file).parent))
     gc.freeze()  # the libraries need not be walked through
+    if "OMP_NUM_THREADS" in environment:  # which torch read when the server began
+        torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))
     try:
         runpy.run_path(file, run_name="__main__")
     except SystemExit:
@@ -66,15 +73,21 @@ def _become(file: str, words: list[str], environment: dict, folder: str, outputs
 
 
 class Program:
-    """A program that runs on one or on several processes; those of several find each other as in a launch."""
+    """A program that runs on one or on several processes; those of several find each other as in a launch.
 
-    def __init__(self, file, *argv, processes: int = 1, folder=ROOT, environment: Mapping | None = None):
+    What runs `alone` finds nothing of this checkout on its path. Its installation can be imported: the program forbids
+    that itself.
+    """
+
+    def __init__(
+        self, file, *argv, processes: int = 1, folder=ROOT, environment: Mapping | None = None, alone: bool = False
+    ):
         self._outputs = tempfile.TemporaryDirectory()
         paths = [os.path.join(self._outputs.name, name) for name in ("stdout", "stderr")]
         environment, words = dict(os.environ if environment is None else environment), [str(word) for word in argv]
         self.processes = []
         for own in _ranks(processes):
-            arguments = (str(file), words, environment | own, str(folder), paths)
+            arguments = (str(file), words, environment | own, str(folder), paths, alone)
             self.processes.append(SERVER.Process(target=_become, args=arguments))
             self.processes[-1].start()
 
@@ -123,6 +136,13 @@ def _ranks(count: int) -> list[dict[str, str]]:
     common = {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     ranks = (common | {"RANK": rank, "LOCAL_RANK": rank} for rank in range(count))
     return [{name: str(value) for name, value in rank.items()} for rank in ranks]
+
+
+def as_stranger(code: str, *argv, folder: Path) -> subprocess.CompletedProcess:
+    """Runs the code in this folder as one who has the libraries and nothing of ours."""
+    (folder / "stranger.py").write_text(code)
+    with Program(folder / "stranger.py", *argv, folder=folder, alone=True) as program:
+        return program.finish()
 
 
 def started(name: str, *argv, processes: int = 1) -> Program:
