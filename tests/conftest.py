@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 from launching import call, forget_accelerate, launch
 
 
@@ -14,8 +15,10 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 @pytest.fixture(autouse=True, scope="session")
 def own_caches(tmp_path_factory):
-    """Latent caches of the test run lie in its own folder, not in the user's."""
+    """Latent caches of the test run lie in its own folder, not in the user's, and so does the code of pipelines that
+    processes of its own open."""
     os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
+    os.environ["HF_MODULES_CACHE"] = str(tmp_path_factory.mktemp("modules"))
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -76,21 +79,43 @@ def refused(script, capsys):
 
 
 @pytest.fixture(scope="session")
-def trained(tmp_path_factory) -> Path:
-    """The output folder of the embedded default, trained once per test run as `make demo` trains it."""
-    folder = tmp_path_factory.mktemp("trained") / "run"
-    # On one core: the other one runs another test, and two threads take half as much time again of both.
-    done = launch("train_class_cond", "--output_dir", folder, "--cpu_threads_per_process", 1)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return folder
+def once(tmp_path_factory):
+    """Makes a folder once per test run, whichever worker comes first: once(name, make) calls make(folder), and the
+    other workers wait for it. The folder is not to be written to."""
+    root = tmp_path_factory.getbasetemp()
+    root = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
+
+    def folder_of(name: str, make) -> Path:
+        folder, made = root / "once" / name, root / "once" / f"{name}.made"
+        folder.parent.mkdir(exist_ok=True)
+        with FileLock(root / "once" / f"{name}.lock"):
+            if not made.exists():
+                make(folder)
+                made.touch()
+        return folder
+
+    return folder_of
 
 
 @pytest.fixture(scope="session")
-def text_folders(tmp_path_factory):
+def trained(once) -> Path:
+    """The output folder of the embedded default, trained once per test run as `make demo` trains it."""
+
+    def train(folder):
+        # On one core: the other one runs another test, and two threads take half as much time again of both.
+        done = launch("train_class_cond", "--output_dir", folder, "--cpu_threads_per_process", 1)
+        assert done.returncode == 0, done.stderr[-3000:]
+
+    return once("trained", train)
+
+
+@pytest.fixture(scope="session")
+def text_folders(once):
     """A folder with a small text-to-image pipeline of every family, by its name."""
     import text_pipelines  # takes long
 
-    root = tmp_path_factory.mktemp("text_pipelines")
-    for kind in text_pipelines.FAMILIES:
-        text_pipelines.make(kind).save_pretrained(root / kind)
-    return root
+    def make(folder):
+        for kind in text_pipelines.FAMILIES:
+            text_pipelines.make(kind).save_pretrained(folder / kind)
+
+    return once("text_pipelines", make)

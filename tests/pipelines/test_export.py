@@ -2,14 +2,12 @@
 
 import hashlib
 import json
-import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline, DiTPipeline
+from forking import as_stranger
 from tiny_models import UNET_CONFIG
 
 from noisycond.denoisers import build_denoiser, find_denoiser
@@ -82,9 +80,7 @@ def test_a_stranger_gets_the_same_images(tmp_path):
         folders.append(tmp_path / f"{number}-{family}")
         export_pipeline(pipeline, folders[-1], NAMES)
         pipelines.append(pipeline)
-    environment = os.environ | {"PYTHONPATH": "", "HF_MODULES_CACHE": str(tmp_path / "modules")}
-    command = [sys.executable, "-c", STRANGER, *folders]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment)
+    done = as_stranger(STRANGER, *folders, folder=tmp_path)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     assert len(found) == len(pipelines)

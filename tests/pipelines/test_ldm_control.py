@@ -3,9 +3,6 @@ where those fit, and open where nothing of ours is installed."""
 
 import inspect
 import json
-import os
-import subprocess
-import sys
 
 import diffusers
 import numpy as np
@@ -24,6 +21,7 @@ from diffusers import (
     T2IAdapter,
     UNet2DConditionModel,
 )
+from forking import as_stranger
 from PIL import Image
 from tiny_models import tiny_kl, tiny_unet, tiny_vq
 from tiny_text import tiny_bert, tiny_tokenizer
@@ -579,9 +577,7 @@ def test_a_stranger_gets_the_same_images(bases, pipelines, tmp_path):
         pipelines[kind, "controlnet"].controlnet.save_pretrained(tmp_path / f"{kind}-controlnet")
         FILES[kind].write_pipeline_file(tmp_path / f"{kind}-controlnet")
         pipelines[kind, "adapter"].adapter.save_pretrained(tmp_path / f"{kind}-adapter")
-    environment = os.environ | {"PYTHONPATH": "", "HF_MODULES_CACHE": str(tmp_path / "modules")}
-    command = [sys.executable, "-c", STRANGER, str(tmp_path)]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment)
+    done = as_stranger(STRANGER, tmp_path, folder=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     # A word of the wrong type or of an unknown setting would be diffusers' complaint about our files.
     assert "Expected types" not in done.stderr and "not expected" not in done.stderr

@@ -3,10 +3,7 @@ one does not; latent consistency models draw in one pass, as diffusers' own pipe
 
 import inspect
 import math
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import diffusers
@@ -16,6 +13,7 @@ import torch
 from accelerate import cpu_offload
 from diffusers import DDIMScheduler, DiffusionPipeline, LatentConsistencyModelPipeline, LCMScheduler, VQModel
 from diffusers import LDMTextToImagePipeline as StockPipeline
+from forking import as_stranger
 from released_layout import change_json, write_text_ldm
 from safetensors.torch import load_file
 from tiny_models import tiny_kl, tiny_unet, tiny_vq
@@ -360,10 +358,8 @@ def test_a_stranger_gets_the_same_images(tmp_path):
     file = Path(ldm_text_to_image.__file__)
     (tmp_path / "place").mkdir()
     shutil.copyfile(file, tmp_path / "place/pipeline.py")
-    environment = os.environ | {"PYTHONPATH": "", "HF_MODULES_CACHE": str(tmp_path / "modules")}
     places = [tmp_path / "export", released, file, tmp_path / "place", tmp_path]
-    command = [sys.executable, "-c", STRANGER, *map(str, places)]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment)
+    done = as_stranger(STRANGER, *places, folder=tmp_path)
     assert done.returncode == 0, done.stderr
     ours = quiet(LDMTextToImagePipeline.from_pretrained(released))
     wanted = [draw(original, ["a red cat", "the dog"])] * 2 + [draw(ours, ["a red cat", "the dog"])] * 3

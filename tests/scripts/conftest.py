@@ -75,10 +75,8 @@ def tiny(tmp_path, tiny_denoiser) -> list[str]:
 
 
 @pytest.fixture(scope="session")
-def untrained(tmp_path_factory) -> Path:
+def untrained(once) -> Path:
     """A pipeline folder of the miniature, hardly trained; not to be written to."""
-    folder = tmp_path_factory.mktemp("pipeline") / "run"
     words = ["--max_train_steps", 3, "--train_batch_size", 8, "--learning_rate", 1e-2, "--report_to", "none"]
     words += ["--validation_images_per_class", 1, "--validation_inference_steps", 2, "--cpu_threads_per_process", 1]
-    call("train_class_cond", "--output_dir", folder, *words)
-    return folder
+    return once("untrained", lambda folder: call("train_class_cond", "--output_dir", folder / "run", *words)) / "run"

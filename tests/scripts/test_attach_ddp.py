@@ -1,22 +1,16 @@
 """CEP attached to a model that two processes train."""
 
-import os
-import subprocess
-import sys
-
 import torch
 from denoiser_zoo import sd15
+from forking import Program
 from launching import ROOT
 
 from noisycond import attach_cep
 
 
 def test_each_process_draws_its_own_delta(tmp_path):
-    helper = ROOT / "tests/helpers/train_attached.py"
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", str(helper)]
-    path = os.pathsep.join([str(ROOT), str(ROOT / "tests/helpers"), os.environ.get("PYTHONPATH", "")])
-    environment = os.environ | {"PYTHONPATH": path}
-    done = subprocess.run([*command, str(tmp_path)], capture_output=True, text=True, env=environment, cwd=tmp_path)
+    with Program(ROOT / "tests/helpers/train_attached.py", tmp_path, processes=2) as program:
+        done = program.finish()
     assert done.returncode == 0, done.stderr[-3000:]
     ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     for rank, found in enumerate(ranks):

@@ -2,11 +2,10 @@
 
 import json
 import shutil
-import subprocess
-import sys
 
 import numpy as np
 import pytest
+from forking import Program
 from launching import ROOT
 from PIL import Image
 
@@ -210,8 +209,9 @@ def test_a_full_disk_ends_with_a_sentence_and_keeps_the_checkpoint(tiny, tmp_pat
         "c.save = lambda o, step, *rest: (step == 4 and resource_limit(), save(o, step, *rest))[1];"
         "train_class_cond.main(sys.argv[2:])"
     )
-    command = [sys.executable, "-c", limited, str(ROOT), *tiny, "--checkpointing_steps", "2"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    (tmp_path / "limited.py").write_text(limited)
+    with Program(tmp_path / "limited.py", ROOT, *tiny, "--checkpointing_steps", "2", folder=tmp_path) as program:
+        done = program.finish()
     assert done.returncode == 2, done.stderr
     last = done.stderr.strip().splitlines()[-1]
     assert "error: --output_dir" in last and "no space left while writing checkpoint-4" in last

@@ -1,16 +1,14 @@
 """python -m noisycond.convert: released folders and original weights become folders that load elsewhere."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, DiTPipeline
+from forking import as_stranger
 from original_models import OriginalAutoencoder, OriginalDiT, OriginalUNet, ldm_state, shaken
 from released_layout import change_json, write_dit, write_json, write_ldm, write_text_ldm
 
@@ -70,8 +68,7 @@ def test_a_stranger_opens_what_was_converted(sources, script, tmp_path):
     script(CONVERT, sources / "dit.pt", tmp_path / "pt", "--attention_heads", 4, "--first_stage", sources / "vae")
     assert not list(tmp_path.rglob("*.bin")) and not list(tmp_path.rglob("*.tmp"))
     names = [str(tmp_path / name) for name in ("ldm", "ckpt", "pt")]
-    command = [sys.executable, "-c", STRANGER, *names]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": ""})
+    done = as_stranger(STRANGER, *names, folder=tmp_path)
     assert done.returncode == 0, done.stderr
     source = LDMClassToImagePipeline.from_pretrained(sources / "ldm")
     source.scheduler.register_to_config(clip_sample=False)

@@ -2,15 +2,13 @@
 
 import json
 import shutil
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+from forking import finished, started
 from huggingface_hub import ModelCard
-from launching import ROOT, launch
 from PIL import Image
 
 from noisycond.data.sources import Digits
@@ -32,10 +30,10 @@ def write_digits(folder: Path, split: str, numbers=None) -> Path:
 
 
 @pytest.fixture(scope="session")
-def folders(tmp_path_factory) -> dict[str, Path]:
+def folders(once) -> dict[str, Path]:
     """The train and test digits as folders."""
-    root = tmp_path_factory.mktemp("digits")
-    return {split: write_digits(root / split, split) for split in Digits.SPLITS}
+    root = once("digits", lambda folder: [write_digits(folder / split, split) for split in Digits.SPLITS])
+    return {split: root / split for split in Digits.SPLITS}
 
 
 def results(folder: Path) -> list[dict]:
@@ -76,7 +74,7 @@ def test_two_processes_give_the_figures_of_one_and_figures_are_drawn(untrained, 
     words = ["--pipeline", untrained, "--reference", "digits", "--num_images", 40, "--guidance_scale", 1, 2]
     words += ["--num_inference_steps", 2, "--batch_size", 10, "--cpu_threads_per_process", 1]
     script("evaluate_model", *words, "--output_dir", tmp_path / "one")
-    done = launch("evaluate_model", *words, "--output_dir", tmp_path / "two", processes=2)
+    done = finished("evaluate_model", *words, "--output_dir", tmp_path / "two", processes=2)
     assert done.returncode == 0, done.stderr[-3000:]
     one, two = results(tmp_path / "one"), results(tmp_path / "two")
     assert [values(row) for row in one] == [values(row) for row in two] and len(one) == 2
@@ -92,12 +90,10 @@ def test_a_killed_evaluation_goes_on_with_what_is_there(untrained, script, tmp_p
     words += ["--metrics", "fid", "precision", "--batch_size", 2]
     script("evaluate_model", *words, "--output_dir", tmp_path / "through")
 
-    killed, started = tmp_path / "killed", time.monotonic()
-    command = [sys.executable, str(ROOT / "evaluate_model.py"), *map(str, words), "--output_dir", str(killed)]
-    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL, start_new_session=True) as process:
-        while len(list(killed.rglob("*.png"))) < 6 and time.monotonic() - started < 120:
+    killed, deadline = tmp_path / "killed", time.monotonic() + 120
+    with started("evaluate_model", *words, "--output_dir", killed):
+        while len(list(killed.rglob("*.png"))) < 6 and time.monotonic() < deadline:
             time.sleep(0.02)
-        subprocess.run(["pkill", "-KILL", "-s", str(process.pid)], check=True)
     before = {path: path.stat().st_mtime_ns for path in killed.rglob("*.png")}
     assert 6 <= len(before) < 60 and not (killed / "metrics.json").exists()
 

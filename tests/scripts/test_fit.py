@@ -2,19 +2,18 @@
 
 import json
 import subprocess
-import sys
-from pathlib import Path
 
 import pytest
+from forking import Program
+from launching import ROOT
 
 
-TOY = Path(__file__).resolve().parents[1] / "helpers" / "fit_toy.py"
+TOY = ROOT / "tests/helpers/fit_toy.py"
 
 
 def run(folder, batch_size: int, bad_steps: str, processes: int = 1, *more) -> subprocess.CompletedProcess:
-    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes)] if processes > 1 else []
-    words = [sys.executable, *launcher, str(TOY), str(folder), str(batch_size), bad_steps, *more]
-    return subprocess.run(words, capture_output=True, text=True)
+    with Program(TOY, folder, batch_size, bad_steps, *more, processes=processes) as program:
+        return program.finish(timeout=120)
 
 
 def results(done: subprocess.CompletedProcess) -> list[dict]:

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from forking import Program
 from launching import ROOT
 from safetensors.torch import load_file, save_file
 
@@ -236,8 +237,8 @@ def stopped(capsys, *argv) -> str:
 
 def test_gamma_0_is_the_script_alone_and_gamma_1_changes_the_condition_alone(train, launched, tmp_path, capsys):
     alone = tmp_path / "alone"
-    command = [sys.executable, str(train), "--seed", "3", "--output_dir", str(alone)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment())
+    with Program(train, "--seed", 3, "--output_dir", alone, environment=environment()) as program:
+        done = program.finish()
     assert done.returncode == 0, done.stderr[-3000:]
     plain = result(alone)
     capsys.readouterr()

@@ -9,8 +9,8 @@ from types import SimpleNamespace
 import datasets
 import pytest
 import torch
+from forking import finished
 from huggingface_hub import ModelCard
-from launching import launch
 from PIL import Image
 from released_layout import write_ldm
 from tiny_models import save_tiny_clip, tiny_text_pipeline
@@ -75,7 +75,7 @@ def test_each_image_has_its_prompt_on_any_number_of_processes_and_after_a_resume
     rows = listed(tmp_path / "one")
     assert [row["text"] for row in rows] == [TEXTS[number % 3] for number in range(11)]
     assert all(row.keys() == {"file_name", "text"} for row in rows) and len(set(one.values())) == 11
-    done = launch("generate", *words, "--output_dir", tmp_path / "two", processes=2)
+    done = finished("generate", *words, "--output_dir", tmp_path / "two", processes=2)
     assert done.returncode == 0, done.stderr[-3000:]
     assert digests(tmp_path / "two") == one and listed(tmp_path / "two") == rows
     (tmp_path / "one/000005.png").unlink()

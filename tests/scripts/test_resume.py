@@ -1,19 +1,16 @@
 """Stopping and going on: killed, signalled and cut runs end bit for bit as one that was never touched."""
 
 import json
-import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from launching import ROOT, launch_command
+from forking import Program, finished, started
 from safetensors.torch import load_file
 
 
@@ -23,39 +20,24 @@ FLAGS += ["--lr_warmup_steps", "10"]
 FLAGS += ["--validation_images_per_class", "1", "--validation_inference_steps", "2", "--cpu_threads_per_process", "1"]
 
 
-def command(folder, *argv, processes: int = 1) -> list[str]:
-    words = [*FLAGS, "--output_dir", folder, *argv]
-    if processes == 1:  # without the launcher, which takes five seconds to start
-        return [sys.executable, str(ROOT / "train_class_cond.py"), *map(str, words)]
-    return launch_command("train_class_cond", *words, processes=processes)
-
-
 @pytest.fixture
 def finish(script, caplog):
-    """Runs to the end and returns what was said; one process in this one, without the seconds a process takes to
-    start."""
+    """Runs to the end and returns what was said; one process is this one."""
 
     def run(folder, *argv, processes: int = 1) -> str:
         if processes == 1:
             caplog.clear()
             script("train_class_cond", *FLAGS, "--output_dir", folder, *argv)
             return caplog.text
-        done = subprocess.run(command(folder, *argv, processes=processes), capture_output=True, text=True, cwd=ROOT)
+        done = finished("train_class_cond", *FLAGS, "--output_dir", folder, *argv, processes=processes)
         assert done.returncode == 0, done.stderr[-3000:]
         return done.stderr
 
     return run
 
 
-def start(folder, *argv, processes: int = 1) -> subprocess.Popen:
-    return subprocess.Popen(
-        command(folder, *argv, processes=processes),
-        cwd=ROOT,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
+def start(folder, *argv, processes: int = 1) -> Program:
+    return started("train_class_cond", *FLAGS, "--output_dir", folder, *argv, processes=processes)
 
 
 def steps_logged(folder: Path) -> int:
@@ -63,19 +45,16 @@ def steps_logged(folder: Path) -> int:
     return len(log.read_text().splitlines()) if log.exists() else 0
 
 
-def wait_for_step(process: subprocess.Popen, folder: Path, step: int) -> None:
+def wait_for_step(program: Program, folder: Path, step: int) -> None:
     deadline = time.monotonic() + 180
-    while steps_logged(folder) < step and process.poll() is None:
+    while steps_logged(folder) < step and program.poll() is None:
         assert time.monotonic() < deadline
         time.sleep(0.005)
 
 
 def kill_at(step: int, folder: Path, *argv, processes: int = 1) -> None:
-    process = start(folder, *argv, processes=processes)
-    wait_for_step(process, folder, step)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    process.stderr.close()
+    with start(folder, *argv, processes=processes) as program:
+        wait_for_step(program, folder, step)
     assert steps_logged(folder) < 40
 
 
@@ -100,7 +79,7 @@ def assert_same(one: Path, other: Path) -> None:
 def straight(tmp_path_factory) -> Path:
     """A run that was never touched, in a process of its own."""
     folder = tmp_path_factory.mktemp("straight") / "run"
-    done = subprocess.run(command(folder), capture_output=True, text=True, cwd=ROOT)
+    done = finished("train_class_cond", *FLAGS, "--output_dir", folder)
     assert done.returncode == 0, done.stderr[-3000:]
     return folder
 
@@ -117,13 +96,14 @@ def test_killed_after_step_20_and_at_random_moments(straight, finish, tmp_path):
 
 def test_sigterm_to_the_trainer_saves_and_leaves_cleanly(straight, finish, tmp_path):
     folder = tmp_path / "run"
-    process = start(folder)
-    wait_for_step(process, folder, 13)
-    for _ in range(5):  # a repeated signal must not interrupt the save
-        process.send_signal(signal.SIGTERM)
-        time.sleep(0.02)
-    said = process.communicate(timeout=120)[1]
-    assert process.returncode == 0 and "Traceback" not in said
+    with start(folder) as program:
+        wait_for_step(program, folder, 13)
+        for _ in range(5):  # a repeated signal must not interrupt the save
+            program.signal(signal.SIGTERM)
+            time.sleep(0.02)
+        done = program.finish(timeout=120)
+    said = done.stderr
+    assert done.returncode == 0 and "Traceback" not in said
     stopped = steps_logged(folder)
     assert 13 <= stopped < 40
     assert f"Stopped by SIGTERM after step {stopped}" in said and "--resume_from_checkpoint latest" in said
@@ -135,12 +115,12 @@ def test_sigterm_to_the_trainer_saves_and_leaves_cleanly(straight, finish, tmp_p
 
 def test_ctrl_c_to_the_process_group(straight, finish, tmp_path):
     folder = tmp_path / "run"
-    process = start(folder, "--dataloader_num_workers", "1")
-    wait_for_step(process, folder, 8)
-    os.killpg(process.pid, signal.SIGINT)
-    time.sleep(0.05)
-    os.killpg(process.pid, signal.SIGINT)
-    said = process.communicate(timeout=120)[1]
+    with start(folder, "--dataloader_num_workers", "1") as program:
+        wait_for_step(program, folder, 8)
+        program.signal(signal.SIGINT)
+        time.sleep(0.05)
+        program.signal(signal.SIGINT)
+        said = program.finish(timeout=120).stderr
     assert "Stopped by SIGINT" in said
     stopped = steps_logged(folder)
     assert (folder / f"checkpoint-{stopped}").is_dir()

@@ -4,12 +4,11 @@ checkpoints and export as on one process."""
 import importlib.util
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from forking import Program
 from launching import ROOT
 from safetensors.torch import load_file
 
@@ -44,11 +43,9 @@ def train(kind: str, folder: Path, tiny_denoiser: str) -> Path:
         [*base, str(folder / "cut"), "--resume_from_checkpoint", "latest"],
         [*base, str(folder / "plain"), "--use_ema", "false"],
     ]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", str(HELPER)]
     environment = os.environ | {"DS_ACCELERATOR": "cpu"}
-    done = subprocess.run(
-        [*launcher, kind, json.dumps(tasks)], capture_output=True, text=True, cwd=ROOT, env=environment
-    )
+    with Program(HELPER, kind, json.dumps(tasks), processes=2, environment=environment) as program:
+        done = program.finish()
     assert done.returncode == 0, done.stderr[-3000:]
     return folder
 

@@ -1,18 +1,14 @@
 """Training on data that does not fit: cut and gone on with bit for bit, on two processes, and what is refused."""
 
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import datasets
 import pytest
 import torch
-from launching import ROOT, launch
+from forking import finished, started
 from safetensors.torch import load_file
 from shards import json_label, png, write_class_names, write_one, write_shards
 
@@ -58,17 +54,17 @@ def flags(shards, tiny_denoiser) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def finished() -> dict[str, Path]:
+def ended() -> dict[str, Path]:
     return {}
 
 
 @pytest.fixture
-def straight(finished, script, flags, tmp_path_factory, caplog) -> Path:
+def straight(ended, script, flags, tmp_path_factory, caplog) -> Path:
     """The output folder of a run that nothing interrupts."""
-    if not finished:
-        finished["run"] = tmp_path_factory.mktemp("straight") / "run"
-        script("train_class_cond", *flags, "--output_dir", finished["run"])
-    return finished["run"]
+    if not ended:
+        ended["run"] = tmp_path_factory.mktemp("straight") / "run"
+        script("train_class_cond", *flags, "--output_dir", ended["run"])
+    return ended["run"]
 
 
 def assert_same(one: Path, other: Path) -> None:
@@ -102,15 +98,12 @@ def test_a_run_goes_on_where_its_stream_was(straight, script, flags, tmp_path, c
 
 def test_a_killed_run_goes_on_as_if_it_had_not_been(straight, script, flags, tmp_path):
     folder = tmp_path / "run"
-    words = [sys.executable, str(ROOT / "train_class_cond.py"), *flags, "--output_dir", str(folder)]
-    with subprocess.Popen(
-        [*words, "--dataloader_num_workers", "2"], stderr=subprocess.DEVNULL, start_new_session=True
-    ) as process:
+    words = [*flags, "--output_dir", folder, "--dataloader_num_workers", 2]
+    with started("train_class_cond", *words) as program:
         deadline = time.monotonic() + 180
-        while not (folder / "checkpoint-4").exists() and process.poll() is None:
+        while not (folder / "checkpoint-4").exists() and program.poll() is None:
             assert time.monotonic() < deadline
             time.sleep(0.005)
-        os.killpg(process.pid, signal.SIGKILL)
     assert not (folder / "checkpoint-12").exists()
     script("train_class_cond", *flags, "--output_dir", folder, "--resume_from_checkpoint", "latest")
     assert_same(straight, folder)
@@ -119,7 +112,7 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(straight, script, flags, tmp
 def test_two_processes_and_then_one(script, flags, tmp_path, caplog):
     folder = tmp_path / "run"
     half = ["--train_batch_size", 8, "--max_train_steps", 6, "--output_dir", folder]
-    done = launch("train_class_cond", *flags, *half, processes=2)
+    done = finished("train_class_cond", *flags, *half, processes=2)
     assert done.returncode == 0, done.stderr[-3000:]
     state = json.loads((folder / "checkpoint-6/trainer_state.json").read_text())
     assert len(state["batches"]) == 2 and state["batches"][0] != state["batches"][1]

@@ -4,8 +4,6 @@ import json
 import logging
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from controlled import NAMES, class_base, controlled_rows, noise_image, save_dataset
+from forking import as_stranger
 from PIL import Image
 from safetensors.torch import load_file
 from tiny_models import tiny_vq
@@ -201,10 +200,7 @@ def test_the_code_that_is_told_runs_where_only_diffusers_is_installed(script, fl
     for name, run in zip((CONTROLNET, ADAPTER), runs, strict=True):
         script(name, *flags(output_dir=run))
         (tmp_path / f"{run.name}.py").write_text(code_told(capsys.readouterr().out))
-    (tmp_path / "stranger.py").write_text(STRANGER)
-    done = subprocess.run(
-        [sys.executable, "-P", "stranger.py", "one.py", "two.py"], cwd=tmp_path, capture_output=True, text=True
-    )
+    done = as_stranger(STRANGER, "one.py", "two.py", folder=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     for number, run in enumerate(runs):
         pipeline = open_control_pipeline(str(run))

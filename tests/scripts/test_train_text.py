@@ -2,10 +2,6 @@
 
 import csv
 import json
-import os
-import signal
-import subprocess
-import sys
 import time
 from collections import Counter
 
@@ -13,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline
-from launching import ROOT, launch
+from forking import finished, started
 from PIL import Image
 from safetensors.torch import load_file
 from shards import captioned, write_captioned_shards, write_one
@@ -151,7 +147,7 @@ def test_two_processes_train_on_the_same_captions_as_one(script, tiny_text, tmp_
     flags = [*tiny_text, "--corruption_ratio", "0.3", "--cep_gamma", "1", "--learning_rate", "1e-2"]
     script(SCRIPT, *flags)
     words = [*flags, "--output_dir", tmp_path / "two", "--train_batch_size", "4"]
-    done = launch(SCRIPT, *words, processes=2)
+    done = finished(SCRIPT, *words, processes=2)
     assert done.returncode == 0, done.stderr[-3000:]
     assert counts(tmp_path / "two") == counts(tmp_path / "run")
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "run"), rel=1e-4)
@@ -163,15 +159,11 @@ def test_killed_and_resumed_ends_the_same(script, tiny_text, tmp_path, caplog):
 
     script(SCRIPT, *flags, "--output_dir", tmp_path / "straight")
     cut = tmp_path / "cut"
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "start_new_session": True}
-    command = [sys.executable, str(ROOT / f"{SCRIPT}.py"), *map(str, flags), "--output_dir", str(cut)]
-    process = subprocess.Popen(command, cwd=ROOT, **quiet)
-    deadline = time.monotonic() + 120
-    while process.poll() is None and not ((cut / "log.jsonl").exists() and len(losses(cut)) >= 6):
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    with started(SCRIPT, *flags, "--output_dir", cut) as program:
+        deadline = time.monotonic() + 120
+        while program.poll() is None and not ((cut / "log.jsonl").exists() and len(losses(cut)) >= 6):
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
     assert not (cut / "model_index.json").exists() and (cut / "checkpoint-4").is_dir()
     script(SCRIPT, *flags, "--output_dir", cut, "--resume_from_checkpoint", "latest")
     assert "Resuming from" in caplog.text

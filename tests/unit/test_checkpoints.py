@@ -3,11 +3,10 @@
 import errno
 import json
 import logging
-import subprocess
-import sys
 
 import pytest
 import torch
+from forking import Program
 
 from noisycond import checkpoints
 from noisycond.errors import InputError
@@ -253,9 +252,9 @@ print(json.dumps({"messages": messages, "left": sorted(path.name for path in out
 
 def test_files_that_really_cannot_be_written(tmp_path):
     (tmp_path / "run").mkdir()
-    done = subprocess.run(
-        [sys.executable, "-c", REALLY_FULL, str(tmp_path / "run")], capture_output=True, text=True, timeout=120
-    )
+    (tmp_path / "full.py").write_text(REALLY_FULL)
+    with Program(tmp_path / "full.py", tmp_path / "run") as program:
+        done = program.finish()
     assert done.returncode == 0, done.stderr[-2000:]
     report = json.loads(done.stdout.splitlines()[-1])
     assert report["left"] == ["checkpoint-1"]
