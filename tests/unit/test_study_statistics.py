@@ -111,10 +111,11 @@ class TestVerdict:
     def test_metrics_and_blocks_are_families_of_their_own(self):
         moved = [value + step for value, step in zip(self.CLEAN, [1.0, 0.4, 1.5, 1.1], strict=True)]
         lines = cell("clean", self.CLEAN) + cell("eta-0.025", moved)
-        others = [line | {"metric": "recall"} for line in lines] + [line | {"block": "b"} for line in lines]
+        other = [line | {"value": line["value"] ** 2} for line in lines]  # of another p
+        others = [line | {"metric": "recall"} for line in other] + [line | {"block": "b"} for line in other]
         found = compare(frame(lines + others))
         found = found[found["cell"] == "eta-0.025"]
-        assert len(found) == 3 and (found["p"] == found["p_adjusted"]).all()
+        assert found["p"].nunique() == 2 and len(found) == 3 and (found["p"] == found["p_adjusted"]).all()
 
 
 class TestFewSeeds:

@@ -146,6 +146,10 @@ class TestPlaces:
         results = toy_results(cells=("clean",), metrics=FEW, steps=(100,), guidance_scales=())
         assert write_tables(results, tmp_path) == [] and "No run has values yet." in page_of(results, tmp_path)
         assert len(pd.read_csv(tmp_path / "summary.csv")) == len(FEW)
+        final = toy_results(cells=("clean",), metrics=FEW, seeds=(1, 2))
+        results.values = pd.concat([results.values, final.values])
+        table = tables_of(results, tmp_path)["Every setting, guidance scale 2.25"]
+        assert texts(table, "n") == {"clean": "2"} and "(n" not in table.lines[0][2]
 
 
 class TestSeeds:
@@ -170,6 +174,13 @@ class TestSeeds:
         table = tables_of(results, tmp_path)["Every setting, guidance scale 2.25"]
         assert texts(table, "n")["IP, γ = 0.1"] == "5" and texts(table, "FID ↓")["IP, γ = 0.1"].endswith(" (n = 3)")
         assert "(n" not in texts(table, "recall ↑")["IP, γ = 0.1"] and texts(table, "FID ↓")["η = 5 %"] == "–"
+
+    def test_a_seed_without_any_value_is_not_counted(self, tmp_path):
+        results = toy_results(cells=("clean", "ip"), metrics=FEW)
+        with_values(results, "ip", lambda lines: lines["value"].mask(lines["seed"] == 3, math.nan))
+        table = tables_of(results, tmp_path)["Every setting, guidance scale 2.25"]
+        assert texts(table, "n") == {"clean": "5", "IP, γ = 0.1": "4"}
+        assert "(n" not in texts(table, "FID ↓")["IP, γ = 0.1"]
 
     def test_seeds_that_clean_lacks_are_told(self, tmp_path):
         results = toy_results(cells=("clean", "ip"), metrics=FEW, failed=[("clean", 0), ("clean", 4)])
@@ -319,6 +330,14 @@ class TestBlocks:
             texts(tables[f"Every setting, guidance scale 2.25 ({block})"], "FID ↓") for block in ("ldm", "dit")
         )
         assert set(one) == set(other) and one != other
+
+    def test_pairs_are_the_blocks_own(self, tmp_path):
+        results = toy_results(blocks=("ldm", "dit"), cells=("eta-0.025", "eta-random-0.025"), metrics=("entropy",))
+        with_values(results, "eta-random-0.025", lambda lines: lines["value"] + 3 * (lines["block"] == "dit"))
+        tables = tables_of(results, tmp_path)
+        ldm, dit = (tables[f"Fixed against random, guidance scale 2.25 ({block})"] for block in ("ldm", "dit"))
+        assert len(ldm.lines) == len(dit.lines) == 3
+        assert abs(float(ldm.lines[2][3].split(",")[0])) < 1 < float(dit.lines[2][3].split(",")[0])
 
 
 class TestPage:
