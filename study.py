@@ -7,6 +7,7 @@ python study.py studies/digits.yaml --seeds 0       # one seed of a larger one; 
 python study.py studies/in1k.yaml --submit jobs     # one script per run for a SLURM array
 """
 
+import fcntl
 import importlib
 import os
 import signal
@@ -42,8 +43,7 @@ class StudyArguments(SubmitArguments):
     cells: list[str] = flag([], "Run these cells alone, by their names; all others are left as they are.")
     seeds: list[int] = flag([], "Run these seeds alone.")
     blocks: list[str] = flag([], "Run these blocks alone.")
-    jobs: int | None = flag(None, "Runs side by side; the default is one for each core, or each group of GPUs.")
-    gpus_per_run: int = flag(1, "GPUs of each run.")
+    jobs: int | None = flag(None, "Runs side by side; the default is as many as there are GPUs, or cores, for.")
     launch_arguments: str = flag("", "Words for `accelerate launch` of every run, in one: '--mixed_precision bf16'.")
     retries: int = flag(1, "A run that fails is tried again so often, unless its settings are refused.")
     keep_images: bool = flag(False, "Keep drawn images and features when their metrics are recorded.")
@@ -56,7 +56,6 @@ class StudyArguments(SubmitArguments):
     def __post_init__(self):
         super().__post_init__()
         require(self.jobs is None or self.jobs > 0, f"--jobs is {self.jobs}, but it must be positive.")
-        require(self.gpus_per_run > 0, f"--gpus_per_run is {self.gpus_per_run}, but it must be positive.")
         require(self.retries >= 0, f"--retries is {self.retries}, but it must not be negative.")
         require(not (self.report_only and self.dry_run), "--report_only and --dry_run do not go together.")
         for name in ("report_only", "dry_run"):
@@ -84,18 +83,21 @@ def check_settings(study: Study) -> dict[str, str]:
     return refuse_unknown_flags(study, {name: importlib.import_module(name).parse for name in scripts})
 
 
-def make_launcher(args: StudyArguments) -> Launcher:
+def make_launcher(args: StudyArguments, study: Study) -> Launcher:
     """Side by side what the devices allow."""
     import torch
 
     count = torch.cuda.device_count()
     if not count:
-        require(args.gpus_per_run == 1, f"--gpus_per_run is {args.gpus_per_run}, but there is no GPU here.")
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        return cpu_launcher(args.launch_arguments, args.jobs or cores, cores)
-    require(args.gpus_per_run <= count, f"--gpus_per_run is {args.gpus_per_run}, but there are {count} GPUs here.")
+        return cpu_launcher(args.launch_arguments, cores, study.processes, args.jobs)
+    require(
+        study.processes <= count,
+        f"{study.path}: `processes` is {study.processes}, but there are {count} GPUs here; with fewer, write "
+        "gradient_accumulation_steps into `settings`, so that a step has as many images.",
+    )
     visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(count)))
-    return gpu_launcher(args.launch_arguments, visible.split(","), args.gpus_per_run, args.jobs)
+    return gpu_launcher(args.launch_arguments, visible.split(","), study.processes, args.jobs)
 
 
 def run(args: StudyArguments, study: Study, plans: list[Plan], folder: Path, records: Path) -> None:
@@ -104,7 +106,7 @@ def run(args: StudyArguments, study: Study, plans: list[Plan], folder: Path, rec
     left = [plan for plan in plans if not is_done(known.get(plan.identity))]
     if not left:
         return
-    refused, launcher = check_settings(study), make_launcher(args)
+    refused, launcher = check_settings(study), make_launcher(args, study)
     scale = study.report_guidance_scale or 1.0
 
     def samples_at(plan: Plan) -> float | None:
@@ -128,8 +130,10 @@ def publish(results: Results, folder: Path) -> Path:
     """Writes tables, figures and the report of what there is; returns the report."""
     with writing(f"--report_dir {folder}", "the report (the results are kept; --report_only writes it again)"):
         folder.mkdir(parents=True, exist_ok=True)
-        tables, figures = write_tables(results, folder), draw_figures(results, folder / "figures")
-        return write_report(results, tables, figures, folder / "report.html")
+        with (folder / "report.lock").open("a") as lock:  # of a job array, several may be here
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            tables, figures = write_tables(results, folder), draw_figures(results, folder / "figures")
+            return write_report(results, tables, figures, folder / "report.html")
 
 
 @one_sentence_errors
@@ -145,7 +149,7 @@ def main(argv: list[str] | None = None) -> None:
         return
     if args.submit is not None:
         check_settings(study)
-        array = write_submission(path, [plan.run for plan in plans], args.submit, args)[-1]
+        array = write_submission(path, [plan.run for plan in plans], args.submit, args, study.processes)[-1]
         print(f"{len(plans)} runs are ready: sbatch {array}")
         return
     if not args.report_only:
@@ -156,7 +160,10 @@ def main(argv: list[str] | None = None) -> None:
     print(f"{results.done} of {len(results.runs)} runs are done.")
     report = publish(results, Path(args.report_dir or folder))
     print(f"Tables: {report.with_name('results.md')}\nReport: {report}")
-    failed = sum(line["status"] == "failed" for line in results.runs)
+    asked = {(plan.run.cell.block, plan.run.cell.label, plan.run.seed) for plan in plans}
+    failed = sum(
+        line["status"] == "failed" and (line["block"], line["cell"], line["seed"]) in asked for line in results.runs
+    )
     if failed:
         print(f"{failed} runs failed; the report says why, and the same command tries them again.", file=sys.stderr)
         sys.exit(1)

@@ -15,6 +15,7 @@ import yaml
 
 from noisycond.errors import InputError, closest, flag_hint, require
 from noisycond.study.methods import Method, method_of
+from noisycond.study.statistics import clean_cells
 
 
 STUDIES = Path(__file__).resolve().parents[2] / "studies"
@@ -29,7 +30,19 @@ SET_BY_STUDY = (
     "images",
     "dry_run",
 )
-_KEYS = ("title", "script", "recipe", "settings", "stages", "seeds", "grid", "cells", "evaluation", "report")
+_KEYS = (
+    "title",
+    "script",
+    "recipe",
+    "settings",
+    "stages",
+    "processes",
+    "seeds",
+    "grid",
+    "cells",
+    "evaluation",
+    "report",
+)
 _STAGE_KEYS = ("script", "recipe", "settings")
 _EVALUATION_KEYS = ("recipe", "settings")
 _REPORT_KEYS = ("guidance_scale",)
@@ -102,7 +115,8 @@ class Study:
 
     Attributes:
         path: the file. evaluation: of every cell, by evaluate_model.py. report_guidance_scale: of the tables and
-            figures at one guidance scale.
+            figures at one guidance scale. processes: of every launch, each with a GPU where there are any; a step's
+            images are those of one process times their number.
     """
 
     path: Path
@@ -111,6 +125,7 @@ class Study:
     cells: tuple[StudyCell, ...]
     evaluation: Stage
     report_guidance_scale: float | None = None
+    processes: int = 1
 
     @property
     def name(self) -> str:
@@ -188,14 +203,37 @@ def read_study(name: str) -> Study:
         f"{path}: `seeds` must be a list of whole numbers from 0 on, but is {seeds!r}.",
     )
     require(len(set(seeds)) == len(seeds), f"{path}: `seeds` names one twice: {seeds}.")
-    return Study(
+    processes = said.get("processes", 1)
+    require(
+        type(processes) is int and processes > 0,
+        f"{path}: `processes` must be a whole number from 1 on, but is {processes!r}.",
+    )
+    study = Study(
         path,
         str(said.get("title") or path.stem),
         tuple(seeds),
         tuple(_cells(path, said)),
         _evaluation(path, said["evaluation"]),
         _report_guidance_scale(path, said),
+        processes,
     )
+    _refuse_equal_names(study)
+    try:
+        clean_cells((cell.block, cell.label, cell.method.kind) for cell in study.cells)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+    return study
+
+
+def _refuse_equal_names(study: Study) -> None:
+    """Raises InputError where two runs would have files of one name."""
+    first: dict[str, StudyRun] = {}
+    for run in study.runs(seeds=study.seeds[:1]):
+        other = first.setdefault(run.name, run)
+        require(
+            other is run,
+            f"{study.path}: the cells {other.cell} and {run.cell} would have files of one name; rename one of them.",
+        )
 
 
 def _check_keys(path: Path, values: object, known: Sequence[str], where: str) -> None:

@@ -52,7 +52,7 @@ class Step:
 
     Attributes:
         script: its name, without the ending. folder: its `--output_dir`. words: all flags. identity: a hash of the
-            content of its settings and of those of the step before.
+            content of its settings and of those of the step before. processes: of its launch.
         steps: optimizer steps of a training, where its settings say so.
     """
 
@@ -60,6 +60,7 @@ class Step:
     folder: Path
     words: tuple[str, ...]
     identity: str
+    processes: int = 1
     steps: int | None = None
 
     @property
@@ -73,7 +74,8 @@ class Step:
 
     def command(self) -> str:
         """As a user types it."""
-        return shlex.join(["accelerate", "launch", f"{self.script}.py", *self.words])
+        several = ["--multi_gpu", "--num_processes", str(self.processes)] if self.processes > 1 else []
+        return shlex.join(["accelerate", "launch", *several, f"{self.script}.py", *self.words])
 
 
 @dataclass(frozen=True)
@@ -101,7 +103,7 @@ def plan_runs(study: Study, runs: Sequence[StudyRun], folder: Path) -> list[Plan
         InputError: a recipe cannot be read.
     """
     owners: dict[str, str] = {}
-    plans = {run.name: _plan(run, folder, owners) for run in study.runs()}
+    plans = {run.name: _plan(run, folder, study.processes, owners) for run in study.runs()}
     return [plans[run.name] for run in runs]
 
 
@@ -132,18 +134,20 @@ def refuse_unknown_flags(study: Study, parsers: dict[str, Callable[[list[str]], 
     return refused
 
 
-def identity_of(stage: Stage, before: str | None) -> str:
+def identity_of(stage: Stage, before: str | None, processes: int = 1) -> str:
     """A hash of what a script will do.
 
     Two spellings of one number are equal; the order of flags, and whether a value comes from a recipe or from the
     study, make no difference; a value that is the flag's default differs from none.
 
     Args:
-        before: the identity of the step before, of which there may be none.
+        before: the identity of the step before, of which there may be none. processes: of a training, which decide
+            how many images a step has.
     """
     values = _values(stage)
     content = {name: _plain(value) for name, value in values.items() if name not in NOT_IN_IDENTITY}
-    text = json.dumps([stage.script, before, content], sort_keys=True, ensure_ascii=False)
+    several = [processes] if processes > 1 else []
+    text = json.dumps([stage.script, before, content, *several], sort_keys=True, ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()[:ID_LENGTH]
 
 
@@ -167,25 +171,25 @@ def _plain(value: object) -> object:
     return number if math.isfinite(number) else text
 
 
-def _plan(run: StudyRun, folder: Path, owners: dict[str, str]) -> Plan:
+def _plan(run: StudyRun, folder: Path, processes: int, owners: dict[str, str]) -> Plan:
     """Args: owners: by the identity of a step that was planned before, the name of its folder; is added to."""
     steps: list[Step] = []
     before, identity = run.cell.pipeline, run.cell.pipeline
     for stage in run.cell.stages:
         values = {name: before if value == BEFORE else value for name, value in stage.values.items()}
         told = {name: None if value == BEFORE else value for name, value in stage.values.items()} | {"seed": run.seed}
-        identity = identity_of(Stage(stage.script, told), identity)
+        identity = identity_of(Stage(stage.script, told), identity, processes)
         own = "" if stage is run.cell.stages[0] else f"-{stage.script.removeprefix('train_')}"
         place = folder / "trained" / owners.setdefault(identity, f"{run.name}{own}-{identity}")
         ours = {"seed": run.seed, "output_dir": str(place)}
         words = (*Stage(stage.script, values | ours).arguments(), "--resume_from_checkpoint=latest")
         total = _values(stage).get("max_train_steps")
-        steps.append(Step(stage.script, place, words, identity, int(total) if total is not None else None))
+        steps.append(Step(stage.script, place, words, identity, processes, int(total) if total is not None else None))
         before = str(place)
     stage = run.evaluation
     told = {"seeds": [run.seed]} | dict(stage.values)
     identity = identity_of(Stage(stage.script, told), identity)
     place = folder / "evaluated" / f"{run.name}-{identity}"
     ours = {"pipeline": f"{run.cell.label}={before}", "output_dir": str(place), "figures": False}
-    steps.append(Step(stage.script, place, tuple(Stage(stage.script, ours | told).arguments()), identity))
+    steps.append(Step(stage.script, place, tuple(Stage(stage.script, ours | told).arguments()), identity, processes))
     return Plan(run, tuple(steps))

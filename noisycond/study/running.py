@@ -20,6 +20,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from queue import SimpleQueue
 
+import psutil
+
 from noisycond.errors import writing
 from noisycond.run_folder import write_atomically
 from noisycond.study.planning import Plan, Step
@@ -237,8 +239,9 @@ class Runner:
         asked = killed = False
         while process.poll() is None or (asked and _group_lives(process.pid)):
             if self._stop.is_set() and not asked:
+                asked = _ask_to_stop(process.pid)
+            elif asked and process.poll() is not None:  # what was launched while it was asked
                 _signal(process.pid, signal.SIGTERM)
-                asked = True
             if self._kill.is_set() and not killed:
                 _signal(process.pid, signal.SIGKILL)
                 killed = True
@@ -264,26 +267,30 @@ def reason_of(log: Path, status: int) -> tuple[str, bool]:
     return f"{last[:300]} (status {status}, log: {log})", False
 
 
-def cpu_launcher(words: str, jobs: int, cores: int) -> Launcher:
+def cpu_launcher(words: str, cores: int, processes: int, jobs: int | None = None) -> Launcher:
     """For runs side by side on CPU, which share its cores.
 
     Args:
-        words: for `accelerate launch`, as on a command line. jobs: how many runs.
+        words: for `accelerate launch`, as on a command line. processes: of each run. jobs: how many runs; by default
+            as many as have a core for each process.
     """
-    threads = {} if "OMP_NUM_THREADS" in os.environ else {"OMP_NUM_THREADS": str(max(1, cores // jobs))}
+    jobs = jobs or max(1, cores // processes)
+    threads = str(max(1, cores // (jobs * processes)))
+    threads = {} if "OMP_NUM_THREADS" in os.environ else {"OMP_NUM_THREADS": threads}
     # Threads of one run that wait must not take the core of another.
-    return Launcher(_launch_words(words, 1), threads | {"GOMP_SPINCOUNT": "0"}, ({},) * jobs)
+    return Launcher(_launch_words(words, processes), threads | {"GOMP_SPINCOUNT": "0"}, ({},) * jobs)
 
 
-def gpu_launcher(words: str, devices: Sequence[str], per_run: int, jobs: int | None = None) -> Launcher:
-    """For runs side by side, each on devices of its own.
+def gpu_launcher(words: str, devices: Sequence[str], processes: int, jobs: int | None = None) -> Launcher:
+    """For runs side by side, each on GPUs of its own.
 
     Args:
-        devices: as CUDA_VISIBLE_DEVICES names them. per_run: devices of a run. jobs: at most so many runs.
+        devices: as CUDA_VISIBLE_DEVICES names them. processes: of each run, each with a GPU. jobs: at most so many
+            runs.
     """
-    groups = [devices[first : first + per_run] for first in range(0, len(devices) - per_run + 1, per_run)]
+    groups = [devices[first : first + processes] for first in range(0, len(devices) - processes + 1, processes)]
     slots = tuple({"CUDA_VISIBLE_DEVICES": ",".join(group)} for group in groups[:jobs])
-    return Launcher(_launch_words(words, per_run), {}, slots)
+    return Launcher(_launch_words(words, processes), {}, slots)
 
 
 def _launch_words(words: str, processes: int) -> tuple[str, ...]:
@@ -305,6 +312,24 @@ def _ended(step: Step) -> bool:
 def _remove_images(plan: Plan) -> None:
     for name in ("images", "features"):
         shutil.rmtree(plan.steps[-1].folder / name, ignore_errors=True)
+
+
+def _ask_to_stop(launcher: int) -> bool:
+    """SIGTERM to what a launcher has launched: of several processes, the launcher would kill those that still save
+    half a minute after it got the signal itself. Before it has launched something it has nothing to save.
+
+    Returns:
+        Whether there was someone to ask.
+    """
+    try:
+        children = psutil.Process(launcher).children()
+        for child in children:
+            child.terminate()
+        if not children:
+            os.kill(launcher, signal.SIGTERM)
+    except (psutil.NoSuchProcess, ProcessLookupError):
+        return False
+    return True
 
 
 def _signal(group: int, number: int) -> None:

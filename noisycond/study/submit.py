@@ -33,7 +33,7 @@ _TIMES = (  # what sbatch takes, as days, hours, minutes and seconds
 
 @dataclass
 class SubmitArguments(Arguments):
-    """How the runs of a study are handed to SLURM; of study.py, which also has `gpus_per_run`."""
+    """How the runs of a study are handed to SLURM; of study.py."""
 
     submit: str | None = flag(
         None, "Instead of running anything, write into this folder a script per run and a SLURM job array of them."
@@ -78,7 +78,11 @@ class SubmitArguments(Arguments):
 
 
 def write_submission(
-    study_path: str | Path, runs: Sequence[StudyRun], folder: str | Path, options: SubmitArguments
+    study_path: str | Path,
+    runs: Sequence[StudyRun],
+    folder: str | Path,
+    options: SubmitArguments,
+    processes: int = 1,
 ) -> list[Path]:
     """Writes a script per run, and `array.sbatch`, which starts them as a SLURM job array.
 
@@ -88,6 +92,7 @@ def write_submission(
     Args:
         study_path: the study's file, as study.py takes it. runs: what is submitted, in the array's order.
         options: the arguments of study.py; what is not for choosing runs or for the job array is handed on.
+        processes: of each run, each with a GPU.
 
     Returns:
         The scripts, in the order of `runs`, and array.sbatch.
@@ -101,7 +106,7 @@ def write_submission(
     names = [f"{run.name}.sh" for run in runs]
     assert len(set(names)) == len(names), names
     texts = {name: _run_script(study, run, options) for name, run in zip(names, runs, strict=True)}
-    texts[ARRAY] = _array_script(study, names, folder, options)
+    texts[ARRAY] = _array_script(study, names, folder, options, processes)
     earlier = _earlier_files(folder, study)
     with writing(f"--submit {folder}", "the job scripts"):
         (folder / LOGS).mkdir(parents=True, exist_ok=True)  # sbatch makes no folder for its logs
@@ -159,16 +164,16 @@ def _handed_on(options: SubmitArguments) -> list[str]:
     return words
 
 
-def _array_script(study: Path, names: Sequence[str], folder: Path, options: SubmitArguments) -> str:
-    gpus, most = options.gpus_per_run, options.slurm_max_parallel
+def _array_script(study: Path, names: Sequence[str], folder: Path, options: SubmitArguments, processes: int) -> str:
+    most = options.slurm_max_parallel
     logs = str(folder.resolve() / LOGS).replace("%", "%%") + "/%x-%A_%a.log"
     resources = {
         "job-name": re.sub(r"[^\w.+-]+", "_", study.stem),
         "array": f"0-{len(names) - 1}" + (f"%{most}" if most is not None else ""),
         "nodes": 1,
         "ntasks": 1,
-        "gpus-per-node": gpus,
-        "cpus-per-task": options.slurm_cpus_per_run or _CPUS_PER_GPU * gpus,
+        "gpus-per-node": processes,
+        "cpus-per-task": options.slurm_cpus_per_run or _CPUS_PER_GPU * processes,
         "time": options.slurm_time,
         "partition": options.slurm_partition,
         "account": options.slurm_account,

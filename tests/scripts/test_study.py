@@ -105,7 +105,6 @@ def test_a_result_says_how_it_was_made(ran):
         (["quick", "--cells", "eta-0.25"], "did you mean 'eta-0.2'?"),
         (["quick", "--jobs", 0], "--jobs is 0, but it must be positive"),
         (["quick", "--report_only", "--dry_run"], "do not go together"),
-        (["quick", "--gpus_per_run", 2], "there is no GPU here"),
     ],
 )
 def test_bad_input_is_one_sentence(tmp_path, monkeypatch, capsys, words, sentence):

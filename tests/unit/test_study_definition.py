@@ -43,10 +43,10 @@ def test_seeds_are_the_outer_loop(tmp_path):
 
 
 def test_a_cell_has_the_settings_of_all_and_its_own_over_them(tmp_path):
-    cells = read(tmp_path, cells={"clean": {}, "long": {"max_train_steps": 9}}).cells
+    cells = read(tmp_path, cells={"clean": {}, "long": {"max_train_steps": 9, "cep_gamma": 1}}).cells
     assert words_of(cells[0]) == {"recipe": "digits_ldm", "cep_gamma": 0, "max_train_steps": 5}
-    assert words_of(cells[1])["max_train_steps"] == 9
-    assert cells[1].settings == {"max_train_steps": 9}
+    assert words_of(cells[1]) == {"recipe": "digits_ldm", "cep_gamma": 1, "max_train_steps": 9}
+    assert cells[1].settings == {"max_train_steps": 9, "cep_gamma": 1}
 
 
 def test_lists_are_crossed_and_a_list_in_a_list_is_one_value(tmp_path):
@@ -113,6 +113,9 @@ def test_a_study_without_training_names_pipelines(tmp_path):
         ({"cells": {"clean": {"seed": 1}}}, "`seed` in the cell clean is set by study.py"),
         ({"cells": {"a": {"pipeline": "b"}}}, "names a `pipeline`, but the study's `script` trains one"),
         ({"cells": {"a-1": {}, "a": {"cep_gamma": [1]}}}, "two cells are called a-1"),
+        ({"cells": {"a b": {}, "a/b": {"cep_gamma": 1}}}, "the cells a b and a/b would have files of one name"),
+        ({"cells": {"clean": {}, "long": {"max_train_steps": 9}}}, "cells 'clean' and 'long' are both clean"),
+        ({"processes": 0}, "`processes` must be a whole number from 1 on"),
         ({"cells": {"a": {"train_controlnet.rank": 1}}}, "names no stage of the study; there are train_class_cond"),
         ({"script": "train_clas_cond"}, "did you mean 'train_class_cond'?"),
         ({"script": "generate"}, "must name a training script"),

@@ -88,23 +88,30 @@ def test_a_renamed_cell_keeps_its_identity_and_another_evaluation_has_another(tm
     assert [plan.steps[0].identity for plan in after] == [plan.steps[0].identity for plan in plans(read(tmp_path))]
 
 
+def test_the_number_of_processes_is_that_of_the_batch_and_of_the_command(tmp_path):
+    one, eight = plans(read(tmp_path))[0], plans(read(tmp_path, processes=8))[0]
+    assert one.identity != eight.identity and one.steps[0].identity != eight.steps[0].identity
+    assert plans(read(tmp_path, processes=1))[0].identity == one.identity
+    assert eight.steps[0].command().startswith("accelerate launch --multi_gpu --num_processes 8 train_class_cond.py ")
+
+
 def test_trainings_of_equal_settings_are_one(tmp_path):
-    cells = {"canny": {}, "mask": {"train_controlnet.control_column": "mask"}, "cep": {"cep_gamma": 2}}
-    study = read(tmp_path, script=None, recipe=None, settings=None, stages=STAGES, cells=cells, seeds=[0])
-    canny, mask, cep = plans(study)
+    cells, grid = {"clean": {}, "cep": {"cep_gamma": 2}}, {"train_controlnet.control_column": ["canny", "mask"]}
+    study = read(tmp_path, script=None, recipe=None, settings=None, stages=STAGES, cells=cells, seeds=[0], grid=grid)
+    canny, cep, mask, _ = plans(study)
     assert mask.steps[0] == canny.steps[0]
     assert cep.steps[0].identity != canny.steps[0].identity
     assert len({plan.steps[1].identity for plan in (canny, mask, cep)}) == 3
     base = canny.steps[0].folder
     assert f"--pretrained_model_name_or_path {base} " in mask.steps[1].command()
-    assert mask.steps[1].folder.name == f"mask-seed-0-controlnet-{mask.steps[1].identity}"
-    assert f"--pipeline mask={mask.steps[1].folder} " in mask.steps[2].command()
+    assert mask.steps[1].folder.name == f"mask-clean-seed-0-controlnet-{mask.steps[1].identity}"
+    assert f"--pipeline clean={mask.steps[1].folder} " in mask.steps[2].command()
     # What is asked for of a study changes no names.
-    assert plan_runs(study, study.runs(labels=["mask"]), Path("out")) == [mask]
+    assert plan_runs(study, study.runs(labels=["clean"], blocks=["mask"]), Path("out")) == [mask]
 
 
 def test_a_given_pipeline_is_evaluated_alone(tmp_path):
-    cells = {"one": {"pipeline": "someone/one"}, "two": {"pipeline": "someone/two"}}
+    cells = {"one": {"pipeline": "someone/one"}, "two": {"pipeline": "someone/two", "method": {"cep_gamma": 1}}}
     one, two, *_ = plans(read(tmp_path, script=None, recipe=None, settings=None, cells=cells))
     assert [step.script for step in one.steps] == ["evaluate_model"]
     assert "--pipeline one=someone/one " in one.steps[0].command()

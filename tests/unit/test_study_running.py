@@ -272,9 +272,12 @@ def test_the_reason_is_the_sentence_that_was_printed(tmp_path, text, status, rea
 
 def test_launchers_share_what_there_is(monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    cpu = cpu_launcher("", 2, 8)
+    cpu = cpu_launcher("", 8, 1, 2)
     assert len(cpu.slots) == 2 and cpu.environment["OMP_NUM_THREADS"] == "4"
     assert cpu.words == ("--num_processes", "1", "--main_process_port", "0")
+    several = cpu_launcher("", 8, 2)
+    assert len(several.slots) == 4 and several.environment["OMP_NUM_THREADS"] == "1"
+    assert several.words[:3] == ("--num_processes", "2", "--multi_gpu")
     gpu = gpu_launcher("--mixed_precision bf16", ["0", "1", "2", "3", "5"], 2)
     assert gpu.slots == ({"CUDA_VISIBLE_DEVICES": "0,1"}, {"CUDA_VISIBLE_DEVICES": "2,3"})
     assert gpu.words[:5] == ("--mixed_precision", "bf16", "--num_processes", "2", "--multi_gpu")

@@ -27,7 +27,7 @@ class Options(SubmitArguments):
 
     output_dir: str | None = None
     results_dir: str | None = None
-    gpus_per_run: int = 1
+    retries: int = 1
     launch_arguments: str = ""
     keep_images: bool = False
     cells: list[str] = field(default_factory=list)
@@ -88,10 +88,10 @@ def test_a_script_calls_study_py_for_its_run_alone(place):
 def test_what_does_not_choose_runs_is_handed_on(place):
     more = ["--output_dir", "runs/my study", "--launch_arguments=--mixed_precision 'bf16'", "--keep_images"]
     (place / "mine.yaml").write_text("results_dir: kept\nextra: [a, b]\nsubmit: elsewhere\n")
-    chosen = options(*more, "--gpus_per_run", 4, "--slurm_account", "me", "--recipe", "mine.yaml")
+    chosen = options(*more, "--retries", 4, "--slurm_account", "me", "--recipe", "mine.yaml")
     script, _ = write_submission("grid.yaml", [run_of("clean")], "jobs", chosen)
     assert start(script).wait() == 0
-    expected = ["--output_dir", "runs/my study", "--results_dir", "kept", "--gpus_per_run", "4", more[2]]
+    expected = ["--output_dir", "runs/my study", "--results_dir", "kept", "--retries", "4", more[2]]
     assert called(place)[7:] == [*expected, "--keep_images", "True", "--extra", "a", "b"]
 
 
@@ -121,12 +121,12 @@ def test_what_the_cluster_is_told(place):
     assert lines["output"] == f"{place}/jobs/logs/%x-%A_%a.log" and (place / "jobs/logs").is_dir()
     assert not {"partition", "account"} & lines.keys()
     chosen = ["--slurm_time", "2-12", "--slurm_partition", "gpu,long", "--slurm_account", "me", "--slurm_max_parallel"]
-    chosen += [4, "--gpus_per_run", 4]
-    lines = sbatch_lines(write_submission("grid.yaml", runs, "other", options(*chosen))[-1])
+    chosen += [4]
+    lines = sbatch_lines(write_submission("grid.yaml", runs, "other", options(*chosen), processes=4)[-1])
     assert lines["array"] == "0-11%4" and lines["time"] == "2-12" and lines["cpus-per-task"] == "32"
     assert (lines["partition"], lines["account"], lines["gpus-per-node"]) == ("gpu,long", "me", "4")
-    fewer = options("--gpus_per_run", 4, "--slurm_cpus_per_run", 20)
-    assert sbatch_lines(write_submission("grid.yaml", runs, "fewer", fewer)[-1])["cpus-per-task"] == "20"
+    fewer = options("--slurm_cpus_per_run", 20)
+    assert sbatch_lines(write_submission("grid.yaml", runs, "fewer", fewer, processes=4)[-1])["cpus-per-task"] == "20"
 
 
 def test_the_array_starts_the_script_of_its_task(place):
@@ -170,10 +170,10 @@ def names_in(folder: Path) -> set[str]:
 def test_a_folder_follows_its_study(place):
     write_submission("grid.yaml", [run_of("clean"), run_of("eta-0.1")], "jobs", options())
     (place / "jobs/logs/grid-1_0.log").touch()
-    write_submission("grid.yaml", [run_of("clean"), run_of("cep-u")], "jobs", options("--gpus_per_run", 4))
+    write_submission("grid.yaml", [run_of("clean"), run_of("cep-u")], "jobs", options("--retries", 4))
     jobs = place / "jobs"
     assert names_in(jobs) == {"submission.json", "logs", "array.sbatch", "clean-seed-0.sh", "cep-u-seed-0.sh"}
-    assert "--gpus_per_run 4" in (jobs / "clean-seed-0.sh").read_text()
+    assert "--retries 4" in (jobs / "clean-seed-0.sh").read_text()
     assert (jobs / "logs/grid-1_0.log").exists()
 
 
@@ -223,7 +223,7 @@ def test_a_submission_that_was_cut_is_written_again(place, monkeypatch, written)
     with monkeypatch.context() as context:
         context.setattr(submit, "write_atomically", write)
         with pytest.raises(InputError, match="while writing the job scripts"):
-            write_submission("grid.yaml", runs, "jobs", options("--gpus_per_run", 4))
+            write_submission("grid.yaml", runs, "jobs", options("--retries", 4))
     write_submission("grid.yaml", [run_of("ip")], "jobs", options())
     assert names_in(place / "jobs") == {"submission.json", "logs", "array.sbatch", "ip-seed-0.sh"}
 
