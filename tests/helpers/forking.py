@@ -108,13 +108,14 @@ class Program:
         while self.poll() is None and not any(process.exitcode for process in self.processes):
             running = [process.sentinel for process in self.processes if process.exitcode is None]
             assert wait(running, deadline - time.monotonic()), "not finished in time"
+        status = next(filter(None, (process.exitcode for process in self.processes)), 0)
         for process in self.processes:
-            process.join(10 if self.poll() is None else None)
+            process.join(10)
         self.signal(signal.SIGKILL)
         for process in self.processes:
             process.join()
         said = [Path(self._outputs.name, name).read_text() for name in ("stdout", "stderr")]
-        return subprocess.CompletedProcess(self.processes[0].name, self.poll(), *said)
+        return subprocess.CompletedProcess(self.processes[0].name, status, *said)
 
     def __enter__(self):
         return self
