@@ -300,7 +300,7 @@ def _finish(figure, note: str, path: Path) -> None:
     figure.supxlabel(note, fontsize=9, color="dimgray")
     for dpi in DPI:
         file = io.BytesIO()
-        figure.savefig(file, dpi=dpi, format="png", metadata={"Software": None})
+        figure.savefig(file, dpi=dpi, format="png")
         # So many colours hold what has a few and the shades of their edges, in a third of the bytes.
         content = png(Image.open(file).convert("RGB").quantize(256, dither=Image.Dither.NONE))
         if len(content) <= MOST_BYTES:

@@ -353,8 +353,9 @@ class TestDrawFigures:
     def test_nothing_measured_or_nothing_finite_draws_nothing(self, tiny, tmp_path):
         empty = SimpleNamespace(values=tiny.values.iloc[:0], runs=tiny.runs, study=tiny.study)
         assert draw_figures(empty, tmp_path) == []
-        broken = SimpleNamespace(values=tiny.values.assign(value=math.nan), runs=tiny.runs, study=tiny.study)
-        assert draw_figures(broken, tmp_path) == []
+        for value in (math.nan, math.inf):
+            broken = SimpleNamespace(values=tiny.values.assign(value=value), runs=tiny.runs, study=tiny.study)
+            assert draw_figures(broken, tmp_path) == []
 
     def test_a_missing_run_makes_fewer_seeds(self, tmp_path):
         results = synthetic_study(TINY, seeds=range(3), scales=(1.5,), metrics=("fid",), report_scale=1.5)
@@ -371,6 +372,7 @@ class TestDrawFigures:
         for figure, block in ((ours, "ldm"), (theirs, "dit b/2")):
             mine = results.values[results.values["block"] == block].set_index("cell")["value"]
             assert f"{mine['clean']:.2f} at η = 0 %, {mine['eta-0.05']:.2f} at η = 5 %" in figure.alt
+            assert "not drawn" not in figure.caption
 
     def test_cells_of_a_method_already_drawn_are_named(self, tmp_path):
         cells = {"clean": {}, "eta-0.05": {"corruption_ratio": 0.05}, "wide": {"corruption_ratio": 0.05, "width": 64}}
