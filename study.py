@@ -123,7 +123,7 @@ def run(args: StudyArguments, study: Study, plans: list[Plan], folder: Path, rec
         for number, handler in before.items():
             signal.signal(number, handler)
     if runner.is_stopping:
-        print(f"Stopped; the same command goes on: {len(left)} runs were to do.")
+        print(f"Stopped with {progress.left} runs to go; the same command goes on.")
 
 
 def publish(results: Results, folder: Path) -> Path:
