@@ -7,7 +7,6 @@ python study.py studies/digits.yaml --seeds 0       # one seed of a larger one; 
 python study.py studies/in1k.yaml --submit jobs     # one script per run for a SLURM array
 """
 
-import fcntl
 import importlib
 import os
 import signal
@@ -25,7 +24,7 @@ try:
     from noisycond.study.progress import Progress
     from noisycond.study.report import write_report
     from noisycond.study.results import Results, is_done, known_records, read_results
-    from noisycond.study.running import Launcher, Runner, cpu_launcher, gpu_launcher
+    from noisycond.study.running import Launcher, Runner, cpu_launcher, gpu_launcher, locked
     from noisycond.study.submit import SubmitArguments, write_submission
     from noisycond.study.tables import write_tables
 except ModuleNotFoundError as error:
@@ -130,8 +129,7 @@ def publish(results: Results, folder: Path) -> Path:
     """Writes tables, figures and the report of what there is; returns the report."""
     with writing(f"--report_dir {folder}", "the report (the results are kept; --report_only writes it again)"):
         folder.mkdir(parents=True, exist_ok=True)
-        with (folder / "report.lock").open("a") as lock:  # of a job array, several may be here
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with locked(folder):  # of a job array, several may be here
             tables, figures = write_tables(results, folder), draw_figures(results, folder / "figures")
             return write_report(results, tables, figures, folder / "report.html")
 
@@ -165,7 +163,8 @@ def main(argv: list[str] | None = None) -> None:
         line["status"] == "failed" and (line["block"], line["cell"], line["seed"]) in asked for line in results.runs
     )
     if failed:
-        print(f"{failed} runs failed; the report says why, and the same command tries them again.", file=sys.stderr)
+        runs = "1 run" if failed == 1 else f"{failed} runs"
+        print(f"{runs} failed; the report says why, and the same command tries them again.", file=sys.stderr)
         sys.exit(1)
 
 

@@ -248,6 +248,17 @@ class Runner:
             time.sleep(POLL)
 
 
+@contextmanager
+def locked(folder: Path):
+    """A context that one process at a time is in, whoever else works on the folder."""
+    number = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(number, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(number)
+
+
 def reason_of(log: Path, status: int) -> tuple[str, bool]:
     """Why a launch failed, by its log.
 
