@@ -10,6 +10,7 @@ from noisycond.arguments import Arguments
 
 SCRIPTS = {
     "train_autoencoder": "AutoencoderArguments",
+    "generate": "GenerateArguments",
     "evaluate_model": "EvaluateArguments",
     "prepare_dataset": "PrepareArguments",
     "train_class_cond": "ClassCondArguments",
@@ -20,7 +21,7 @@ SCRIPTS = {
 }
 
 
-def arguments_class(script: str, argv: Sequence[str]) -> type[Arguments]:
+def arguments_class(script: str, argv: Sequence[str] = ()) -> type[Arguments]:
     """The arguments of a script, by its name without the ending, for this command line."""
     module = load_script(script)
     if SCRIPTS[script] is None:

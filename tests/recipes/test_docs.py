@@ -3,18 +3,18 @@
 import dataclasses
 import re
 import shlex
-from collections.abc import Sequence
 
 import pytest
 from launching import ROOT, load_script
+from script_flags import arguments_class
 
-from noisycond import condition_kinds
-from noisycond.arguments import Arguments, parse_arguments
+from noisycond.arguments import parse_arguments
 from noisycond.convert import ConvertArguments, with_flags
 from noisycond.evaluation.metrics import METRICS
 from noisycond.evaluation.options import MetricArguments
 from noisycond.launch import split_command
 from noisycond.recipes import recipe_names
+from noisycond.study.definition import read_study
 
 
 CEP_EVERYWHERE = (ROOT / "docs/cep_everywhere.md").read_text(encoding="utf-8")
@@ -26,6 +26,8 @@ METRICS_PAGE = (ROOT / "docs/metrics.md").read_text(encoding="utf-8")
 TEXT_PAGE = (ROOT / "docs/text_to_image.md").read_text(encoding="utf-8")
 DISTILLATION = (ROOT / "docs/distillation.md").read_text(encoding="utf-8")
 PERSONALIZATION = (ROOT / "docs/personalization.md").read_text(encoding="utf-8")
+STUDIES_PAGE = (ROOT / "studies/README.md").read_text(encoding="utf-8")
+DIGITS_STUDY = (ROOT / "docs/digits_study.md").read_text(encoding="utf-8")
 DOCS = {
     "README.md": README,
     "docs/text_to_image.md": TEXT_PAGE,
@@ -34,23 +36,18 @@ DOCS = {
     "docs/metrics.md": METRICS_PAGE,
     "docs/distillation.md": DISTILLATION,
     "docs/personalization.md": PERSONALIZATION,
+    "studies/README.md": STUDIES_PAGE,
+    "docs/digits_study.md": DIGITS_STUDY,
 }
-SCRIPTS = {
-    "train_class_cond.py": ("ClassCondArguments", "digits_dit_mini"),
-    "train_text_to_image_corrupt.py": ("TextToImageArguments", "digits_text"),
-    "train_autoencoder.py": ("AutoencoderArguments", "digits_kl"),
-    "train_lcm_distill.py": (None, "digits_lcm"),  # by what the teacher takes
-    "generate.py": ("GenerateArguments", None),
-    "evaluate_model.py": ("EvaluateArguments", None),
-    "prepare_dataset.py": ("PrepareArguments", "prepare_digits"),
-    "train_controlnet.py": (None, "digits_controlnet"),  # by what the base takes
-    "train_t2i_adapter.py": (None, "digits_t2i_adapter"),
+DEFAULT_RECIPES = {
+    "train_class_cond": "digits_dit_mini",
+    "train_text_to_image_corrupt": "digits_text",
+    "train_autoencoder": "digits_kl",
+    "train_lcm_distill": "digits_lcm",
+    "prepare_dataset": "prepare_digits",
+    "train_controlnet": "digits_controlnet",
+    "train_t2i_adapter": "digits_t2i_adapter",
 }
-
-
-def arguments_class(script: str, argv: Sequence[str] = ()) -> type[Arguments]:
-    module, name = load_script(script.removesuffix(".py")), SCRIPTS[script][0]
-    return condition_kinds.arguments_class(list(argv), module.STARTED) if name is None else getattr(module, name)
 
 
 def commands(text: str) -> list[str]:
@@ -70,8 +67,13 @@ def test_command_parses(command, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for split in ("train", "val"):
         (tmp_path / "imagenet" / split).mkdir(parents=True)
-    argv = words[words.index(script) + 1 :]
-    parse_arguments(arguments_class(script, argv), argv, SCRIPTS[script][1])
+    argv, name = words[words.index(script) + 1 :], script.removesuffix(".py")
+    if name == "study":
+        monkeypatch.chdir(ROOT)
+        path, args = load_script(name).parse(argv)
+        read_study(str(path)).runs(args.cells, args.seeds, args.blocks)
+        return
+    parse_arguments(arguments_class(name, argv), argv, DEFAULT_RECIPES.get(name))
 
 
 @pytest.mark.parametrize("text", [README, CEP_EVERYWHERE], ids=["README", "cep_everywhere"])
@@ -109,7 +111,7 @@ def test_the_flags_of_conversion_are_told():
 
 @pytest.mark.parametrize(
     "script, page, least",
-    [("train_class_cond.py", README, 30), ("train_text_to_image_corrupt.py", TEXT_PAGE, 24)],
+    [("train_class_cond", README, 30), ("train_text_to_image_corrupt", TEXT_PAGE, 24)],
     ids=["classes", "text"],
 )
 def test_flag_table_has_the_real_flags_and_defaults(script, page, least):
@@ -138,13 +140,13 @@ def test_the_flags_of_distillation_are_told():
 def test_the_flags_that_are_particular_to_text_are_all_told():
     of_classes, of_text = (
         {item.name: item.metadata["help"] for item in dataclasses.fields(arguments_class(script))}
-        for script in ("train_class_cond.py", "train_text_to_image_corrupt.py")
+        for script in ("train_class_cond", "train_text_to_image_corrupt")
     )
     told = set(re.findall(r"^\| `--(\w+)` \|", TEXT_PAGE, re.M))
     assert told >= of_text.keys() - of_classes.keys()
 
 
-@pytest.mark.parametrize("script", ["train_class_cond.py", "train_text_to_image_corrupt.py", "train_lcm_distill.py"])
+@pytest.mark.parametrize("script", ["train_class_cond", "train_text_to_image_corrupt", "train_lcm_distill"])
 def test_every_flag_of_the_main_scripts_has_help(script):
     for item in dataclasses.fields(arguments_class(script)):
         assert len(item.metadata["help"]) > 10, item.name
@@ -174,8 +176,8 @@ def test_every_recipe_is_in_the_table_of_recipes():
 def test_every_metric_and_its_choices_are_told():
     told = set(re.findall(r"`(\w+)`", METRICS_PAGE))
     assert set(METRICS) <= told
-    flags = {item.name for item in dataclasses.fields(arguments_class("evaluate_model.py"))}
-    for script in ("train_class_cond.py", "train_controlnet.py"):
+    flags = {item.name for item in dataclasses.fields(arguments_class("evaluate_model"))}
+    for script in ("train_class_cond", "train_controlnet"):
         flags |= {item.name for item in dataclasses.fields(arguments_class(script))}
     for name in re.findall(r"`--(\w+)", METRICS_PAGE):
         assert name in flags, name
