@@ -32,6 +32,36 @@ class Recipe:
     marks: dict[str, str] = field(default_factory=dict)
 
 
+class _NoKeyTwice(yaml.SafeLoader):
+    """YAML lets the last of two equal keys win in silence."""
+
+
+def _mapping(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict:
+    keys = [loader.construct_object(key) for key, _ in node.value]
+    twice = next((key for place, key in enumerate(keys) if key in keys[:place]), None)
+    if twice is not None:
+        raise yaml.constructor.ConstructorError(None, None, f"{twice!r} stands there twice", node.start_mark)
+    return loader.construct_mapping(node)
+
+
+_NoKeyTwice.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
+
+
+def load_yaml(path: Path, option: str) -> object:
+    """What a YAML file says.
+
+    Args:
+        option: what named the file, for messages.
+
+    Raises:
+        InputError: not YAML, not text, or a key that stands in one place twice.
+    """
+    try:
+        return yaml.load(path.read_text(encoding="utf-8"), Loader=_NoKeyTwice)  # noqa: S506 (a SafeLoader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{option}: not valid YAML ({' '.join(str(error).split())}).") from error
+
+
 def recipe_names() -> list[str]:
     """The names that `--recipe` takes: paths below recipes/ without their ending."""
     paths = [path.relative_to(RECIPES) for path in RECIPES.rglob("*.yaml")]
@@ -71,17 +101,15 @@ def _read(path: Path, known: list[str] | None, above: tuple[Path, ...]) -> Recip
         path.resolve() not in above,
         f"--recipe {path}: it builds on itself ({' → '.join(step.name for step in (*above, path))}).",
     )
-    try:
-        text = path.read_text(encoding="utf-8")
-        values = yaml.safe_load(text) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"--recipe {path}: not valid YAML ({' '.join(str(error).split())}).") from error
+    values = load_yaml(path, f"--recipe {path}") or {}
     require(isinstance(values, dict), f"--recipe {path}: expected `key: value` lines, one for each flag.")
     base = values.pop("base", None)
     for key in values:
         if known is not None and key not in known:  # the hint takes long
             raise InputError(f"--recipe {path}: unknown key {key!r}{flag_hint(str(key), [*known, 'base'])}.")
-    marks = {match[1]: match[2] for match in map(_MARKED.match, text.splitlines()) if match}
+    marks = {
+        match[1]: match[2] for match in map(_MARKED.match, path.read_text(encoding="utf-8").splitlines()) if match
+    }
     if base is None:
         return Recipe(values, marks)
     below = _read(_find_base(path, base), known, (*above, path.resolve()))

@@ -6,15 +6,15 @@ compared with one another.
 
 import itertools
 import re
+import shlex
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import yaml
-
 from noisycond.errors import InputError, closest, flag_hint, require
-from noisycond.study.methods import Method, method_of
+from noisycond.recipes import load_yaml, read_recipe
+from noisycond.study.methods import METHOD_FLAGS, Method, method_of
 from noisycond.study.statistics import clean_cells
 
 
@@ -37,6 +37,7 @@ _KEYS = (
     "settings",
     "stages",
     "processes",
+    "launch_arguments",
     "seeds",
     "grid",
     "cells",
@@ -46,6 +47,8 @@ _KEYS = (
 _STAGE_KEYS = ("script", "recipe", "settings")
 _EVALUATION_KEYS = ("recipe", "settings")
 _REPORT_KEYS = ("guidance_scale",)
+_LAUNCHED_BY_STUDY = ("num_processes", "num_machines", "machine_rank", "gpu_ids", "mixed_precision", "multi_gpu")
+_LAUNCHED_BY_STUDY += ("main_process_port", "main_process_ip")
 
 
 @dataclass(frozen=True)
@@ -63,10 +66,24 @@ class Stage:
         """The flags of the stage, as words of a command line."""
         words = []
         for name, value in self.values.items():
-            if value is None:
-                continue
-            words += [f"--{name}", *map(str, value)] if isinstance(value, list) else [f"--{name}", str(value)]
+            if value is not None:
+                words += [f"--{name}", *map(as_word, value if isinstance(value, list) else [value])]
         return words
+
+    def with_recipe(self) -> dict[str, object]:
+        """The values, with those of the recipe that they do not replace.
+
+        Raises:
+            InputError: the recipe cannot be read.
+        """
+        recipe = self.values.get("recipe")
+        below = {} if recipe in (None, "none") else read_recipe(str(recipe), None).values
+        return {name: value for name, value in (below | dict(self.values)).items() if value is not None}
+
+
+def as_word(value: object) -> str:
+    """A flag's value on a command line. YAML reads a bare `no` as False: yes and no are what any flag takes."""
+    return ("yes" if value else "no") if isinstance(value, bool) else str(value)
 
 
 @dataclass(frozen=True)
@@ -116,7 +133,7 @@ class Study:
     Attributes:
         path: the file. evaluation: of every cell, by evaluate_model.py. report_guidance_scale: of the tables and
             figures at one guidance scale. processes: of every launch, each with a GPU where there are any; a step's
-            images are those of one process times their number.
+            images are those of one process times their number. launch: words for `accelerate launch` beside them.
     """
 
     path: Path
@@ -126,6 +143,7 @@ class Study:
     evaluation: Stage
     report_guidance_scale: float | None = None
     processes: int = 1
+    launch: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -190,10 +208,7 @@ def read_study(name: str) -> Study:
             itself, two cells of one name, or a seed twice. Values of flags are checked by the scripts.
     """
     path = find_study(name)
-    try:
-        said = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not valid YAML ({' '.join(str(error).split())}).") from error
+    said = load_yaml(path, str(path))
     _check_keys(path, said, _KEYS, "")
     for key in ("seeds", "cells", "evaluation"):
         require(said.get(key), f"{path}: `{key}` is missing or empty.")
@@ -216,6 +231,7 @@ def read_study(name: str) -> Study:
         _evaluation(path, said["evaluation"]),
         _report_guidance_scale(path, said),
         processes,
+        _launch(path, said.get("launch_arguments")),
     )
     _refuse_equal_names(study)
     try:
@@ -246,11 +262,18 @@ def _checked(path: Path, values: object, where: str) -> dict:
     """Flags of a part of the file; none of them may be one that study.py sets."""
     values = {} if values is None else values
     require(isinstance(values, dict), f"{path}: expected `flag: value` lines in {where}.")
-    for flag in values:
-        require(isinstance(flag, str), f"{path}: {flag!r} in {where} is no flag.")
+    for flag, value in values.items():
+        require(
+            isinstance(flag, str) and re.fullmatch(r"(\w+\.)?\w+", flag),
+            f"{path}: {flag!r} in {where} is no flag; write it with underscores and without dashes.",
+        )
         require(
             flag.rpartition(".")[2] not in SET_BY_STUDY,
             f"{path}: `{flag}` in {where} is set by study.py; leave it off.",
+        )
+        require(
+            value is not None and value != [],
+            f"{path}: `{flag}` in {where} is empty; give it a value (an empty one does not take a recipe's away).",
         )
     return values
 
@@ -268,7 +291,7 @@ def _stages(path: Path, said: dict) -> list[dict]:
         require(not extra, f"{path}: `{''.join(extra[:1])}` needs `script`, the training script it is for.")
         return []
     stages = said.get("stages") or [{key: said[key] for key in _STAGE_KEYS if key in said}]
-    for number, stage in enumerate(stages):
+    for stage in stages:
         require(stage.get("script"), f"{path}: `script` is missing in a stage.")
         script = str(stage["script"]).removesuffix(".py")
         require(
@@ -276,10 +299,7 @@ def _stages(path: Path, said: dict) -> list[dict]:
             f"{path}: `script` is {script}, but it must name a training script of the root, such as "
             f"train_class_cond{closest(script, [file.stem for file in STUDIES.parent.glob('train_*.py')])}.",
         )
-        values = _checked(path, stage.get("settings"), f"the settings of {script}")
-        require(
-            number > 0 or BEFORE not in map(str, values.values()), f"{path}: nothing comes before the first stage."
-        )
+        _checked(path, stage.get("settings"), f"the settings of {script}")
     names = [str(stage["script"]).removesuffix(".py") for stage in stages]
     require(len(set(names)) == len(names), f"{path}: two of `stages` are of one script.")
     return [
@@ -310,15 +330,19 @@ def _cells(path: Path, said: dict) -> Iterator[StudyCell]:
             own = dict(own) if isinstance(own, dict) else own
             facts, pipeline = (own.pop(key, None) if isinstance(own, dict) else None for key in ("method", "pipeline"))
             own = _checked(path, own, f"the cell {name}")
+            both = [key for key in own if key in grid]
+            require(
+                not both, f"{path}: `{''.join(both[:1])}` of the cell {name} is in `grid` too; leave one of them off."
+            )
+            facts = _facts(path, name, facts)
             _check_pipeline(path, name, pipeline, bool(stages), own)
             for values, of_cell in _grid(own):
                 settings = shared | values
                 planned = _planned(path, name, stages, settings)
-                told = dict(planned[0].values) if planned else {}
                 cell = StudyCell(
                     ", ".join(map(_said, of_block)),
                     "-".join([str(name), *map(_said, of_cell)]),
-                    method_of(told | (facts or {})),
+                    _method(path, name, planned, facts),
                     settings,
                     planned,
                     pipeline,
@@ -326,6 +350,29 @@ def _cells(path: Path, said: dict) -> Iterator[StudyCell]:
                 seen[(cell.block, cell.label)] += 1
                 require(seen[(cell.block, cell.label)] == 1, f"{path}: two cells are called {cell}.")
                 yield cell
+
+
+def _facts(path: Path, name: str, facts: object) -> dict:
+    """What `method` of a cell says."""
+    facts = {} if facts is None else facts
+    require(isinstance(facts, dict), f"{path}: `method` of the cell {name} must be `flag: value` lines.")
+    for flag in facts:
+        require(
+            flag in METHOD_FLAGS,
+            f"{path}: `{flag}` in the method of the cell {name} is none of its flags"
+            f"{flag_hint(str(flag), METHOD_FLAGS)}.",
+        )
+    return facts
+
+
+def _method(path: Path, name: str, stages: Sequence[Stage], facts: Mapping[str, object]) -> Method:
+    """What a cell does: the one method of its trainings and of what they start from; `mixed` where there are more."""
+    try:
+        found = [method_of(values) for values in (facts, *(stage.with_recipe() for stage in stages))]
+    except InputError as error:
+        raise InputError(f"{path}, cell {name}: {error}") from None
+    found = [method for method in found if method.kind != "clean"]
+    return (found[0] if len(found) == 1 else Method("mixed")) if found else Method("clean")
 
 
 def _check_pipeline(path: Path, name: str, pipeline: object, trains: bool, own: dict) -> None:
@@ -354,13 +401,48 @@ def _planned(path: Path, name: str, stages: Sequence[dict], settings: Mapping[st
             f"{path}: `{key}` of the cell {name} names no stage of the study; there are {', '.join(scripts)}.",
         )
         own[scripts.index(script) if dot else 0][flag] = value
-    return tuple(Stage(stage["script"], stage["values"] | values) for stage, values in zip(stages, own, strict=True))
+    planned = tuple(
+        Stage(stage["script"], stage["values"] | values) for stage, values in zip(stages, own, strict=True)
+    )
+    for number, stage in enumerate(planned):
+        where = f"{path}: {stage.script} of the cell {name}"
+        require(
+            stage.values.get("recipe") is not None,
+            f"{where} has no `recipe`; name one of recipes/, or `none` where all is said here.",
+        )
+        named = [flag for flag, value in stage.values.items() if BEFORE in str(value)]
+        require(number > 0 or not named, f"{where} names {BEFORE}, but nothing comes before the first training.")
+        require(
+            number == 0 or any(value == BEFORE for value in stage.values.values()),
+            f"{where} starts from nothing: give it a flag whose value is {BEFORE}, what the training before left.",
+        )
+        require(
+            all(stage.values[flag] == BEFORE for flag in named),
+            f"{where}: `{''.join(named[:1])}` must be {BEFORE} alone, the folder that the training before left.",
+        )
+    return planned
 
 
 def _evaluation(path: Path, said: object) -> Stage:
     _check_keys(path, said, _EVALUATION_KEYS, " in `evaluation`")
     values = _checked(path, said.get("settings"), "`evaluation`")
     return Stage("evaluate_model", {"recipe": said.get("recipe")} | values)
+
+
+def _launch(path: Path, said: object) -> tuple[str, ...]:
+    """Words for `accelerate launch`; those that study.py gives, and precision, which is a flag of the scripts, are
+    refused."""
+    try:
+        words = shlex.split("" if said is None else str(said))
+    except ValueError as error:
+        raise InputError(f"{path}: `launch_arguments` cannot be read as a command line ({error}).") from None
+    for word in words:
+        name = word.split("=")[0].replace("-", "_").removeprefix("__")
+        instead = {"num_processes": "say `processes`", "mixed_precision": "say it in `settings`"}.get(
+            name, "leave it off"
+        )
+        require(name not in _LAUNCHED_BY_STUDY, f"{path}: {word} in `launch_arguments` is set by study.py; {instead}.")
+    return tuple(words)
 
 
 def _report_guidance_scale(path: Path, said: dict) -> float | None:

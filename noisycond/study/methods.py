@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from noisycond.errors import InputError
+
 
 KINDS = (
     "clean",
@@ -66,9 +68,12 @@ def method_of(settings: Mapping[str, object]) -> Method:
     Args:
         settings: flag to value, of a training script; what is not there is off, or at the default of the scripts for
             classes (corruption symmetric and fixed, CEP uniform and random).
+
+    Raises:
+        InputError: a strength is not a number.
     """
-    on = {kind: float(settings.get(flag) or 0) for kind, flag in _STRENGTHS.items()}
-    on = {kind: strength for kind, strength in on.items() if strength > 0}
+    on = {kind: _number(flag, settings.get(flag)) for kind, flag in _STRENGTHS.items()}
+    on = {kind: strength for kind, strength in on.items() if strength != 0}
     if not on:
         return Method("clean")
     if len(on) > 1:
@@ -81,3 +86,10 @@ def method_of(settings: Mapping[str, object]) -> Method:
         how = settings.get("cep_type") or "uniform", settings.get("cep_mode") or "random"
         return Method(kind, *map(str, how), strength)
     return Method(kind, strength=strength)
+
+
+def _number(flag: str, value: object) -> float:
+    try:
+        return float(value or 0)
+    except (TypeError, ValueError):
+        raise InputError(f"`{flag}` is {value!r}, but it must be a number.") from None

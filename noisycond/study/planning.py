@@ -3,16 +3,14 @@ settings."""
 
 import hashlib
 import json
-import math
 import re
 import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from noisycond.errors import InputError
-from noisycond.recipes import read_recipe
-from noisycond.study.definition import BEFORE, Stage, Study, StudyRun
+from noisycond.errors import InputError, require
+from noisycond.study.definition import BEFORE, Stage, Study, StudyRun, as_word
 
 
 # What a step's result does not depend on, beyond the order of floating-point operations.
@@ -36,7 +34,6 @@ NOT_IN_IDENTITY = {
     "gradient_checkpointing",
     "enable_xformers_memory_efficient_attention",
     "torch_compile",
-    "allow_tf32",
     "validation_steps",
     "save_corruption_map",
     "figures",
@@ -44,6 +41,7 @@ NOT_IN_IDENTITY = {
     "save_stats",
 }
 ID_LENGTH = 10
+_SMALL_FILE = 2**24  # bytes; larger ones, folders and Hub ids are known by name
 
 
 @dataclass(frozen=True)
@@ -52,7 +50,8 @@ class Step:
 
     Attributes:
         script: its name, without the ending. folder: its `--output_dir`. words: all flags. identity: a hash of the
-            content of its settings and of those of the step before. processes: of its launch.
+            content of its settings and of those of the step before. processes: of its launch. launch: words for
+            `accelerate launch` that the study asks for.
         steps: optimizer steps of a training, where its settings say so.
     """
 
@@ -61,6 +60,7 @@ class Step:
     words: tuple[str, ...]
     identity: str
     processes: int = 1
+    launch: tuple[str, ...] = ()
     steps: int | None = None
 
     @property
@@ -75,7 +75,7 @@ class Step:
     def command(self) -> str:
         """As a user types it."""
         several = ["--multi_gpu", "--num_processes", str(self.processes)] if self.processes > 1 else []
-        return shlex.join(["accelerate", "launch", *several, f"{self.script}.py", *self.words])
+        return shlex.join(["accelerate", "launch", *several, *self.launch, f"{self.script}.py", *self.words])
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,14 @@ def plan_runs(study: Study, runs: Sequence[StudyRun], folder: Path) -> list[Plan
         InputError: a recipe cannot be read.
     """
     owners: dict[str, str] = {}
-    plans = {run.name: _plan(run, folder, study.processes, owners) for run in study.runs()}
+    plans = {run.name: _plan(study, run, folder, owners) for run in study.runs()}
+    first: dict[str, Plan] = {}
+    for plan in plans.values():
+        other = first.setdefault(plan.identity, plan)
+        require(
+            other is plan,
+            f"{study.path}: {other.run} and {plan.run} are one and the same by their settings; leave one of them off.",
+        )
     return [plans[run.name] for run in runs]
 
 
@@ -134,62 +141,71 @@ def refuse_unknown_flags(study: Study, parsers: dict[str, Callable[[list[str]], 
     return refused
 
 
-def identity_of(stage: Stage, before: str | None, processes: int = 1) -> str:
+def identity_of(stage: Stage, before: str | None, processes: int = 1, launch: Sequence[str] = ()) -> str:
     """A hash of what a script will do.
 
     Two spellings of one number are equal; the order of flags, and whether a value comes from a recipe or from the
-    study, make no difference; a value that is the flag's default differs from none.
+    study, make no difference; a value that is the flag's default differs from none. A small file that a value names
+    counts by what is in it, a folder, a larger file or a Hub id by its name.
 
     Args:
         before: the identity of the step before, of which there may be none. processes: of a training, which decide
-            how many images a step has.
+            how many images a step has. launch: see [`Step`].
     """
-    values = _values(stage)
+    values = stage.with_recipe()
     content = {name: _plain(value) for name, value in values.items() if name not in NOT_IN_IDENTITY}
-    several = [processes] if processes > 1 else []
+    several = [processes, *launch] if processes > 1 or launch else []
     text = json.dumps([stage.script, before, content, *several], sort_keys=True, ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()[:ID_LENGTH]
 
 
-def _values(stage: Stage) -> dict[str, object]:
-    """Flag values of a stage with those of its recipe below."""
-    recipe = stage.values.get("recipe")
-    below = {} if recipe in (None, "none") else read_recipe(str(recipe), None).values
-    return {name: value for name, value in (below | dict(stage.values)).items() if value is not None}
-
-
 def _plain(value: object) -> object:
-    if isinstance(value, bool):
-        return value
-    if isinstance(value, (int, float)):
-        return float(value)
+    """A value as one of equal effect would be: numbers as numbers, one value as a list of one, files by content."""
     if isinstance(value, list):
-        return [_plain(each) for each in value]
-    text = str(value)
-    # YAML reads 1e-4 as text.
-    number = float(text) if re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?", text) else math.nan
-    return number if math.isfinite(number) else text
+        return _plain(value[0]) if len(value) == 1 else [_plain(each) for each in value]
+    text = as_word(value)
+    if re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?", text):
+        return float(text)  # YAML reads 1e-4 as text
+    path = Path(text)
+    if path.is_file() and path.stat().st_size < _SMALL_FILE:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    return text
 
 
-def _plan(run: StudyRun, folder: Path, processes: int, owners: dict[str, str]) -> Plan:
+def _plan(study: Study, run: StudyRun, folder: Path, owners: dict[str, str]) -> Plan:
     """Args: owners: by the identity of a step that was planned before, the name of its folder; is added to."""
     steps: list[Step] = []
     before, identity = run.cell.pipeline, run.cell.pipeline
+    launched = (study.processes, study.launch)
     for stage in run.cell.stages:
         values = {name: before if value == BEFORE else value for name, value in stage.values.items()}
         told = {name: None if value == BEFORE else value for name, value in stage.values.items()} | {"seed": run.seed}
-        identity = identity_of(Stage(stage.script, told), identity, processes)
+        identity = identity_of(Stage(stage.script, told), identity, *launched)
         own = "" if stage is run.cell.stages[0] else f"-{stage.script.removeprefix('train_')}"
-        place = folder / "trained" / owners.setdefault(identity, f"{run.name}{own}-{identity}")
+        name = owners.setdefault(identity, _name_of(folder / "trained", identity) or f"{run.name}{own}-{identity}")
+        place = folder / "trained" / name
         ours = {"seed": run.seed, "output_dir": str(place)}
         words = (*Stage(stage.script, values | ours).arguments(), "--resume_from_checkpoint=latest")
-        total = _values(stage).get("max_train_steps")
-        steps.append(Step(stage.script, place, words, identity, processes, int(total) if total is not None else None))
+        total = _whole(stage.with_recipe().get("max_train_steps"))
+        steps.append(Step(stage.script, place, words, identity, *launched, total))
         before = str(place)
     stage = run.evaluation
-    told = {"seeds": [run.seed]} | dict(stage.values)
+    told = {"figures": False, "seeds": [run.seed]} | dict(stage.values)
     identity = identity_of(Stage(stage.script, told), identity)
-    place = folder / "evaluated" / f"{run.name}-{identity}"
-    ours = {"pipeline": f"{run.cell.label}={before}", "output_dir": str(place), "figures": False}
-    steps.append(Step(stage.script, place, tuple(Stage(stage.script, ours | told).arguments()), identity, processes))
+    name = _name_of(folder / "evaluated", identity) or f"{run.name}-{identity}"
+    ours = {"pipeline": f"{run.name}={before}", "output_dir": str(folder / "evaluated" / name)}
+    words = tuple(Stage(stage.script, told | ours).arguments())
+    steps.append(Step(stage.script, folder / "evaluated" / name, words, identity, *launched))
     return Plan(run, tuple(steps))
+
+
+def _name_of(parent: Path, identity: str) -> str | None:
+    """What an earlier call named the folder of this identity: cells may have been renamed since."""
+    return next((path.name for path in sorted(parent.glob(f"*-{identity}")) if path.is_dir()), None)
+
+
+def _whole(value: object) -> int | None:
+    try:
+        return int(float(str(value)))
+    except (TypeError, ValueError):
+        return None

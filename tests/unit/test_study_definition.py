@@ -1,5 +1,7 @@
 """A study's file: cells, seeds, blocks and stages, and what is refused of it."""
 
+from pathlib import Path
+
 import pytest
 import yaml
 
@@ -71,22 +73,55 @@ def test_a_grid_makes_blocks(tmp_path):
 def test_settings_go_to_the_stage_that_they_name(tmp_path):
     stages = [
         {"script": "train_class_cond", "recipe": "digits_ldm", "settings": {"cep_gamma": 0}},
-        {"script": "train_controlnet", "settings": {"pretrained_model_name_or_path": "{before}"}},
+        {
+            "script": "train_controlnet",
+            "recipe": "digits_controlnet",
+            "settings": {"pretrained_model_name_or_path": "{before}"},
+        },
     ]
     own = {"cep_gamma": 1, "train_controlnet.control_column": "mask"}
     (cell,) = read(tmp_path, script=None, recipe=None, settings=None, stages=stages, cells={"cep": own}).cells
     assert words_of(cell) == {"recipe": "digits_ldm", "cep_gamma": 1}
     assert words_of(cell, 1) == {
-        "recipe": None,
+        "recipe": "digits_controlnet",
         "pretrained_model_name_or_path": "{before}",
         "control_column": "mask",
     }
     assert cell.method == Method("cep", "uniform", "random", 1.0)
 
 
+def test_a_method_is_that_of_the_recipe_too_and_of_every_stage(tmp_path):
+    (cell,) = read(tmp_path, settings=None, cells={"so-called clean": {}}).cells
+    assert cell.method == Method("cep", "uniform", "random", 1.0)  # digits_ldm has it on
+    before = {"recipe": "digits_controlnet", "settings": {"pretrained_model_name_or_path": "{before}"}}
+    stages = [
+        {"script": "train_class_cond", "recipe": "digits_ldm", "settings": {"cep_gamma": 0}},
+        {"script": "train_controlnet", **before},
+    ]
+    cells = {"later": {"train_controlnet.cep_gamma": 2}, "both": {"cep_gamma": 1, "train_controlnet.cep_gamma": 2}}
+    study = read(tmp_path, script=None, recipe=None, settings=None, stages=stages, cells=cells)
+    assert [cell.method for cell in study.cells] == [Method("cep", "uniform", "random", 2.0), Method("mixed")]
+    stages[1]["settings"] = {}
+    with pytest.raises(InputError, match="train_controlnet of the cell later starts from nothing"):
+        read(tmp_path, script=None, recipe=None, settings=None, stages=stages, cells=cells)
+
+
+def test_a_key_that_stands_there_twice_is_refused(tmp_path):
+    path = Path(write(tmp_path))
+    path.write_text(path.read_text().replace("  clean: {}", "  clean: {}\n  clean: {cep_gamma: 1}"))
+    with pytest.raises(InputError, match="'clean' stands there twice"):
+        read_study(str(path))
+
+
+def test_yes_and_no_are_what_any_flag_takes(tmp_path):
+    stage = read(tmp_path, cells={"a": {"mixed_precision": False, "allow_tf32": True}}).cells[0].stages[0]
+    assert stage.arguments()[-4:] == ["--mixed_precision", "no", "--allow_tf32", "yes"]
+
+
 def test_what_a_given_base_stands_for_is_said_by_its_method(tmp_path):
     own = {"pretrained_model_name_or_path": "someone/base", "method": {"corruption_ratio": 0.025}}
-    (cell,) = read(tmp_path, script="train_controlnet", cells={"slight": own}, settings=None, recipe=None).cells
+    changes = {"script": "train_controlnet", "recipe": "digits_controlnet", "settings": None}
+    (cell,) = read(tmp_path, cells={"slight": own}, **changes).cells
     assert cell.method == Method("corruption", "symmetric", "fixed", 0.025)
     assert "corruption_ratio" not in words_of(cell)
 
@@ -121,7 +156,21 @@ def test_a_study_without_training_names_pipelines(tmp_path):
         ({"script": "generate"}, "must name a training script"),
         ({"script": None}, "`recipe` needs `script`"),
         ({"settings": {"output_dir": "x"}}, "`output_dir` in the settings of train_class_cond is set by study.py"),
-        ({"settings": {"denoiser": "{before}"}}, "nothing comes before the first stage"),
+        ({"settings": {"denoiser": "{before}"}}, "names {before}, but nothing comes before the first training"),
+        ({"cells": {"a": {"denoiser": "{before}/x"}}}, "names {before}, but nothing comes before"),
+        ({"settings": {"cep-gamma": 1}}, "'cep-gamma' in the settings of train_class_cond is no flag"),
+        ({"settings": {"snr_gamma": None}}, "`snr_gamma` in the settings of train_class_cond is empty"),
+        ({"cells": {"a": {"cep_gamma": []}}}, "`cep_gamma` in the cell a is empty"),
+        (
+            {"cells": {"a": {"corruption_ratio": "ten"}}},
+            "cell a: `corruption_ratio` is 'ten', but it must be a number",
+        ),
+        ({"cells": {"a": {"method": 3}}}, "`method` of the cell a must be `flag: value` lines"),
+        ({"cells": {"a": {"method": {"corruption_ration": 1}}}}, "(did you mean 'corruption_ratio'?)"),
+        ({"recipe": None}, "train_class_cond of the cell clean has no `recipe`"),
+        ({"grid": {"cep_gamma": [1, 2]}, "cells": {"a": {"cep_gamma": 1}}}, "`cep_gamma` of the cell a is in `grid`"),
+        ({"launch_arguments": "--num_processes 2"}, "--num_processes in `launch_arguments` is set by study.py"),
+        ({"launch_arguments": "'"}, "`launch_arguments` cannot be read as a command line"),
         ({"stages": []}, "`script` belongs into the first of `stages`"),
         ({"evaluation": {"guidance_scale": [1]}}, "unknown key 'guidance_scale' in `evaluation`"),
         ({"report": {"guidance_scale": 0.5}}, "must be a number from 1 on"),

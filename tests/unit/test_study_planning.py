@@ -19,8 +19,12 @@ SAID = {
     "evaluation": {"recipe": "digits_evaluation", "settings": {"guidance_scale": [1.0]}},
 }
 STAGES = [
-    {"script": "train_class_cond", "recipe": "digits_ldm"},
-    {"script": "train_controlnet", "settings": {"pretrained_model_name_or_path": "{before}"}},
+    {"script": "train_class_cond", "recipe": "digits_ldm", "settings": {"cep_gamma": 0}},
+    {
+        "script": "train_controlnet",
+        "recipe": "digits_controlnet",
+        "settings": {"pretrained_model_name_or_path": "{before}"},
+    },
 ]
 
 
@@ -48,7 +52,7 @@ def test_a_run_trains_and_is_evaluated_with_its_seed(tmp_path):
     assert training.words[-1] == "--resume_from_checkpoint=latest"
     assert training.folder == Path("out/trained") / f"eta-0.025-seed-1-{training.identity}"
     assert training.steps == 5
-    assert f"--pipeline eta-0.025={training.folder}" in evaluation.command()
+    assert f"--pipeline eta-0.025-seed-1={training.folder}" in evaluation.command()
     assert "--seeds 1 " in evaluation.command()
     assert evaluation.folder == Path("out/evaluated") / f"eta-0.025-seed-1-{evaluation.identity}"
     assert plan.file_name == f"eta-0.025-seed-1-{evaluation.identity}"
@@ -65,6 +69,8 @@ def test_the_identity_is_that_of_the_content(tmp_path):
     assert identity(cep_gamma=0, recipe="digits_ldm", logging_steps=5, cpu_threads_per_process=1) == here
     assert identity(cep_gamma=0, recipe="digits_ldm", learning_rate="2e-3") == here  # as the recipe says
     assert identity(cep_gamma=0, recipe="digits_ldm", adam_beta1=None) == here
+    assert identity(recipe="digits_ldm", cep_gamma=[0]) == here  # the command is the same
+    assert identity(mixed_precision=False) == identity(mixed_precision="no")  # as YAML reads a bare no
     others = [
         identity(recipe="digits_ldm", cep_gamma=0, seed=1),
         identity(recipe="digits_ldm", cep_gamma=1e-9),
@@ -72,10 +78,44 @@ def test_the_identity_is_that_of_the_content(tmp_path):
         identity("abc", recipe="digits_ldm", cep_gamma=0),
         identity(script="train_controlnet", recipe="digits_ldm", cep_gamma=0),
         identity(recipe="digits_ldm", cep_gamma=0, eval_metrics=["fid"]),
+        identity(recipe="digits_ldm", cep_gamma=0, allow_tf32=True),
         identity(recipe="digits_ldm", cep_gamma=0, eval_metrics=["fid", "kid"]),
-        identity(recipe="digits_ldm", cep_gamma=False),
     ]
     assert len({here, *others}) == 1 + len(others)
+
+
+def test_a_small_file_counts_by_its_content(tmp_path):
+    groups, other = tmp_path / "groups.json", tmp_path / "other.json"
+    groups.write_text("[[0, 1]]")
+    other.write_text("[[0, 1]]")
+    before = identity(class_groups=str(groups))
+    assert identity(class_groups=str(other)) == before
+    groups.write_text("[[0, 2]]")
+    assert identity(class_groups=str(groups)) != before
+    assert identity(class_groups=str(tmp_path)) != identity(class_groups=str(tmp_path.parent))
+
+
+def test_a_folder_of_a_cell_that_was_renamed_is_taken_up(tmp_path):
+    plan = plan_runs(read(tmp_path), read(tmp_path).runs(labels=["clean"]), tmp_path)[0]
+    plan.steps[0].folder.mkdir(parents=True)
+    renamed = read(tmp_path, cells={"truth": {}})
+    after = plan_runs(renamed, renamed.runs(), tmp_path)[0]
+    assert after.steps[0].folder == plan.steps[0].folder
+    assert after.steps[1].folder.name.startswith("truth-seed-0-")
+
+
+def test_two_runs_that_are_one_are_refused(tmp_path):
+    cells = {"one": {"pipeline": "someone/one"}}
+    evaluation = {"recipe": "digits_evaluation", "settings": {"seeds": [7]}}
+    study = read(tmp_path, script=None, recipe=None, settings=None, cells=cells, evaluation=evaluation)
+    with pytest.raises(InputError, match="one, seed 0 and one, seed 1 are one and the same"):
+        plans(study)
+
+
+def test_the_launch_is_of_the_identity_and_of_the_command(tmp_path):
+    plain, launched = plans(read(tmp_path))[0], plans(read(tmp_path, launch_arguments="--use_fsdp"))[0]
+    assert plain.identity != launched.identity
+    assert launched.steps[0].command().startswith("accelerate launch --use_fsdp train_class_cond.py ")
 
 
 def test_a_renamed_cell_keeps_its_identity_and_another_evaluation_has_another(tmp_path):
@@ -105,7 +145,7 @@ def test_trainings_of_equal_settings_are_one(tmp_path):
     base = canny.steps[0].folder
     assert f"--pretrained_model_name_or_path {base} " in mask.steps[1].command()
     assert mask.steps[1].folder.name == f"mask-clean-seed-0-controlnet-{mask.steps[1].identity}"
-    assert f"--pipeline clean={mask.steps[1].folder} " in mask.steps[2].command()
+    assert f"--pipeline mask-clean-seed-0={mask.steps[1].folder} " in mask.steps[2].command()
     # What is asked for of a study changes no names.
     assert plan_runs(study, study.runs(labels=["clean"], blocks=["mask"]), Path("out")) == [mask]
 
@@ -114,7 +154,7 @@ def test_a_given_pipeline_is_evaluated_alone(tmp_path):
     cells = {"one": {"pipeline": "someone/one"}, "two": {"pipeline": "someone/two", "method": {"cep_gamma": 1}}}
     one, two, *_ = plans(read(tmp_path, script=None, recipe=None, settings=None, cells=cells))
     assert [step.script for step in one.steps] == ["evaluate_model"]
-    assert "--pipeline one=someone/one " in one.steps[0].command()
+    assert "--pipeline one-seed-0=someone/one " in one.steps[0].command()
     assert one.identity != two.identity
 
 
