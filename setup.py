@@ -60,6 +60,7 @@ setup(
             "data/first_stages/*/*",
             "data/text_encoders/*/*",
             "evaluation/weights/*/*",
+            "study/accelerate.yaml",
             "study/report.html.jinja",
         ]
     },

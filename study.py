@@ -20,11 +20,14 @@ try:
     from noisycond.errors import one_sentence_errors, require, writing
     from noisycond.study.definition import Study, find_study, read_study
     from noisycond.study.figures import draw_figures
+    from noisycond.study.launching import Launcher, cpu_launcher, gpu_launcher
+    from noisycond.study.locks import locked
     from noisycond.study.planning import Plan, plan_runs, refuse_unknown_flags
     from noisycond.study.progress import Progress
+    from noisycond.study.records import is_done, known_records, stand_of
     from noisycond.study.report import write_report
-    from noisycond.study.results import Results, is_done, known_records, read_results
-    from noisycond.study.running import Launcher, Runner, cpu_launcher, gpu_launcher, locked
+    from noisycond.study.results import Results, read_results
+    from noisycond.study.running import Runner
     from noisycond.study.submit import SubmitArguments, write_submission
     from noisycond.study.tables import write_tables
 except ModuleNotFoundError as error:
@@ -43,7 +46,6 @@ class StudyArguments(SubmitArguments):
     seeds: list[int] = flag([], "Run these seeds alone.")
     blocks: list[str] = flag([], "Run these blocks alone.")
     jobs: int | None = flag(None, "Runs side by side; the default is as many as there are GPUs, or cores, for.")
-    launch_arguments: str = flag("", "Words for `accelerate launch` of every run, in one: '--mixed_precision bf16'.")
     retries: int = flag(1, "A run that fails is tried again so often, unless its settings are refused.")
     keep_images: bool = flag(False, "Keep drawn images and features when their metrics are recorded.")
     report_dir: str | None = flag(
@@ -59,6 +61,12 @@ class StudyArguments(SubmitArguments):
         require(not (self.report_only and self.dry_run), "--report_only and --dry_run do not go together.")
         for name in ("report_only", "dry_run"):
             require(self.submit is None or not getattr(self, name), f"--submit and --{name} do not go together.")
+        lists = [name for name in ("cells", "seeds", "blocks") if getattr(self, name)]
+        for name in lists + [name for name in ("jobs", "retries", "keep_images") if not self.is_default(name)]:
+            require(
+                not self.report_only,
+                f"--{name} has no effect with --report_only, which runs nothing and reports all there is.",
+            )
         require(
             self.submit is None or self.jobs is None,
             "--jobs has no effect with --submit, of which each job is one run; limit them by --slurm_max_parallel.",
@@ -89,22 +97,31 @@ def make_launcher(args: StudyArguments, study: Study) -> Launcher:
     count = torch.cuda.device_count()
     if not count:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        return cpu_launcher(args.launch_arguments, cores, study.processes, args.jobs)
+        return cpu_launcher(cores, study.processes, args.jobs)
     require(
         study.processes <= count,
         f"{study.path}: `processes` is {study.processes}, but there are {count} GPUs here; with fewer, write "
         "gradient_accumulation_steps into `settings`, so that a step has as many images.",
     )
     visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(count)))
-    return gpu_launcher(args.launch_arguments, visible.split(","), study.processes, args.jobs)
+    return gpu_launcher(visible.split(","), study.processes, args.jobs)
 
 
-def run(args: StudyArguments, study: Study, plans: list[Plan], folder: Path, records: Path) -> None:
-    """Runs what is not done yet; Ctrl-C and SIGTERM stop it, and the next call goes on."""
+def not_done(plans: list[Plan], records: Path) -> list[Plan]:
+    """The runs that have no result yet."""
     known = known_records(records)
-    left = [plan for plan in plans if not is_done(known.get(plan.identity))]
+    return [plan for plan in plans if not is_done(known.get(plan.identity))]
+
+
+def run(args: StudyArguments, study: Study, plans: list[Plan], folder: Path, records: Path) -> int | None:
+    """Runs what is not done yet; Ctrl-C and SIGTERM stop it, and the next call goes on.
+
+    Returns:
+        The number of the signal that stopped it, or None.
+    """
+    left = not_done(plans, records)
     if not left:
-        return
+        return None
     refused, launcher = check_settings(study), make_launcher(args, study)
     scale = study.report_guidance_scale or 1.0
 
@@ -114,24 +131,62 @@ def run(args: StudyArguments, study: Study, plans: list[Plan], folder: Path, rec
     runner = Runner(folder, records, launcher, refused, args.retries, args.keep_images, samples_at)
     progress = Progress(len(plans), len(plans) - len(left), len(launcher.slots))
     print(f"{len(left)} of {len(plans)} runs to do, {len(launcher.slots)} side by side.", flush=True)
-    before = {number: signal.signal(number, lambda *_: runner.stop()) for number in (signal.SIGINT, signal.SIGTERM)}
+    received: list[int] = []
+
+    def stop(number: int, frame: object) -> None:
+        received.append(number)
+        runner.stop()
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         runner.run(left, progress)
     finally:
         progress.close()
         for number, handler in before.items():
             signal.signal(number, handler)
-    if runner.is_stopping:
-        print(f"Stopped with {progress.left} runs to go; the same command goes on.")
+    if not received:
+        return None
+    print(f"Stopped with {progress.left} runs to go; the same command goes on.")
+    return received[0]
+
+
+def submit(args: StudyArguments, study: Study, path: Path, plans: list[Plan], records: Path) -> None:
+    """Writes job scripts of the runs that are not done yet."""
+    left, refused = not_done(plans, records), check_settings(study)
+    if plans and not left:
+        print(f"All {len(plans)} runs are done; there is nothing to submit.")
+        return
+    for cell in dict.fromkeys(str(plan.run.cell) for plan in left):
+        if cell in refused:
+            print(f"{cell} will be recorded as failed: {refused[cell]}")
+    array = write_submission(path, [plan.run for plan in left], args.submit, args, study.processes)[-1]
+    done = len(plans) - len(left)
+    print(f"{len(left)} runs are ready{f', {done} are done' if done else ''}: sbatch {array}")
 
 
 def publish(results: Results, folder: Path) -> Path:
     """Writes tables, figures and the report of what there is; returns the report."""
     with writing(f"--report_dir {folder}", "the report (the results are kept; --report_only writes it again)"):
         folder.mkdir(parents=True, exist_ok=True)
-        with locked(folder):  # of a job array, several may be here
-            tables, figures = write_tables(results, folder), draw_figures(results, folder / "figures")
-            return write_report(results, tables, figures, folder / "report.html")
+        tables, figures = write_tables(results, folder), draw_figures(results, folder / "figures")
+        return write_report(results, tables, figures, folder / "report.html")
+
+
+def report_on(study: Study, folder: Path, records: Path, report_dir: Path) -> Results:
+    """Writes the report of what there is. Where another process of a job array does so, it is left to that one, which
+    looks for what is new when it has ended."""
+    plans = plan_runs(study, study.runs(), folder)
+    while True:
+        with locked(folder / ".report.lock") as is_ours:
+            stand = stand_of(records)
+            results = read_results(study, plans, records)
+            if not is_ours:
+                print("Another process writes the report.")
+                return results
+            report = publish(results, report_dir)
+        if stand_of(records) == stand:
+            print(f"Tables: {report.with_name('results.md')}\nReport: {report}")
+            return results
 
 
 @one_sentence_errors
@@ -146,23 +201,21 @@ def main(argv: list[str] | None = None) -> None:
             print(f"# {plan.run}", *(step.command() for step in plan.steps), sep="\n")
         return
     if args.submit is not None:
-        check_settings(study)
-        array = write_submission(path, [plan.run for plan in plans], args.submit, args, study.processes)[-1]
-        print(f"{len(plans)} runs are ready: sbatch {array}")
+        submit(args, study, path, plans, records)
         return
     if not args.report_only:
         with writing(f"--output_dir {folder}", "a folder"):
             folder.mkdir(parents=True, exist_ok=True)
-        run(args, study, plans, folder, records)
-    results = read_results(study, plan_runs(study, study.runs(), folder), records)
+        stopped_by = run(args, study, plans, folder, records)
+        if stopped_by is not None:
+            sys.exit(128 + stopped_by)  # as a shell says it
+    results = report_on(study, folder, records, Path(args.report_dir or folder))
     print(f"{results.done} of {len(results.runs)} runs are done.")
-    report = publish(results, Path(args.report_dir or folder))
-    print(f"Tables: {report.with_name('results.md')}\nReport: {report}")
     asked = {(plan.run.cell.block, plan.run.cell.label, plan.run.seed) for plan in plans}
     failed = sum(
         line["status"] == "failed" and (line["block"], line["cell"], line["seed"]) in asked for line in results.runs
     )
-    if failed:
+    if failed and not args.report_only:
         runs = "1 run" if failed == 1 else f"{failed} runs"
         print(f"{runs} failed; the report says why, and the same command tries them again.", file=sys.stderr)
         sys.exit(1)

@@ -216,7 +216,7 @@ class RunFolder:
             "script": script,
             "arguments": public_settings(args),
             "facts": json.loads(json.dumps(facts)),  # as an earlier run's are read back
-            "versions": {name: _version(name) for name in PACKAGES} | {"python": platform.python_version()},
+            "versions": {name: version_of(name) for name in PACKAGES} | {"python": platform.python_version()},
         }
         earlier = (resume_from.parent if resume_from else self.path) / self.settings_file.name
         if args.overwrite_output_dir:
@@ -342,7 +342,8 @@ def _read_lines(file: Path) -> list[dict]:
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
-def _version(package: str) -> str | None:
+def version_of(package: str) -> str | None:
+    """The version of an installed package; None where it is not installed."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

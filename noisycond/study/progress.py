@@ -19,7 +19,7 @@ class Progress:
 
     def __init__(self, total: int, done: int, slots: int):
         self.left, self.slots, self.failed = total - done, slots, 0
-        self.took: list[float] = []
+        self.took: list[float] = []  # of the runs that were done here
         self.is_watched = sys.stderr.isatty()
         self.total = tqdm(
             total=total, initial=done, desc="study", unit="run", disable=not self.is_watched, bar_format="{l_bar}{bar}"
@@ -32,6 +32,9 @@ class Progress:
         self._looked = 0.0
 
     def __call__(self, runner: Runner, record: RunRecord | None) -> None:
+        self.took = runner.took
+        for note in runner.notes():
+            _say(note)
         if record is not None:
             self._count(record)
         now = time.monotonic()
@@ -49,14 +52,10 @@ class Progress:
     def _count(self, record: RunRecord) -> None:
         self.left -= 1
         seconds = sum(record.seconds.values())
-        if record.status == "done":
-            self.took.append(seconds)
-        else:
-            self.failed += 1
+        self.failed += record.status == "failed"
         block = f"{record.block}, " if record.block else ""
         outcome = f"done in {seconds:.0f} s" if record.status == "done" else f"FAILED: {record.reason}"
-        tqdm.write(f"{block}{record.cell}, seed {record.seed}: {outcome}; {self._rest()}", file=sys.stdout)
-        sys.stdout.flush()
+        _say(f"{block}{record.cell}, seed {record.seed}: {outcome}; {self._rest()}")
         self.total.update()
 
     def _rest(self) -> str:
@@ -65,3 +64,9 @@ class Progress:
             minutes = statistics.fmean(self.took) * self.left / self.slots / 60
             words += f", about {minutes:.0f} min" if minutes < 120 else f", about {minutes / 60:.1f} h"
         return words + (f", {self.failed} failed" if self.failed else "")
+
+
+def _say(line: str) -> None:
+    """Prints a line between the bars."""
+    tqdm.write(line, file=sys.stdout)
+    sys.stdout.flush()

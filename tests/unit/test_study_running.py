@@ -13,9 +13,12 @@ import pytest
 import yaml
 
 from noisycond.study.definition import read_study
+from noisycond.study.launching import Launcher
+from noisycond.study.logs import reason_of
 from noisycond.study.planning import plan_runs
-from noisycond.study.results import is_done, known_records, read_results
-from noisycond.study.running import Launcher, Runner, cpu_launcher, gpu_launcher, reason_of
+from noisycond.study.records import is_done, known_records
+from noisycond.study.results import read_results
+from noisycond.study.running import Runner
 
 
 PROGRAM = """
@@ -202,6 +205,7 @@ def test_a_launch_that_outlived_its_study_is_waited_for(tmp_path):
     assert tried.launches() == []
     step.marker.write_text(json.dumps({"command": "", "seconds": 7.0}))  # the other one has done it
     step.folder.mkdir()
+    (step.folder / "model_index.json").touch()
     lock.close()
     thread.join(20)
     assert tried.launches() == [] and seen[0].seconds["train_class_cond"] == 7.0
@@ -268,18 +272,3 @@ def test_the_reason_is_the_sentence_that_was_printed(tmp_path, text, status, rea
     log.write_text(text)
     found = reason_of(log, status)
     assert reason in found[0] and found[1] is final
-
-
-def test_launchers_share_what_there_is(monkeypatch):
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    cpu = cpu_launcher("", 8, 1, 2)
-    assert len(cpu.slots) == 2 and cpu.environment["OMP_NUM_THREADS"] == "4"
-    assert cpu.words == ("--num_processes", "1", "--main_process_port", "0")
-    several = cpu_launcher("", 8, 2)
-    assert len(several.slots) == 4 and several.environment["OMP_NUM_THREADS"] == "1"
-    assert several.words[:3] == ("--num_processes", "2", "--multi_gpu")
-    gpu = gpu_launcher("--mixed_precision bf16", ["0", "1", "2", "3", "5"], 2)
-    assert gpu.slots == ({"CUDA_VISIBLE_DEVICES": "0,1"}, {"CUDA_VISIBLE_DEVICES": "2,3"})
-    assert gpu.words[:5] == ("--mixed_precision", "bf16", "--num_processes", "2", "--multi_gpu")
-    assert len(gpu_launcher("", ["0", "1"], 1, 1).slots) == 1
-    assert "--num_processes" not in gpu_launcher("--config_file x.yaml", ["0"], 1).words

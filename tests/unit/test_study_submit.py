@@ -28,7 +28,7 @@ class Options(SubmitArguments):
     output_dir: str | None = None
     results_dir: str | None = None
     retries: int = 1
-    launch_arguments: str = ""
+    report_dir: str | None = None
     keep_images: bool = False
     cells: list[str] = field(default_factory=list)
     seeds: list[int] = field(default_factory=list)
@@ -86,7 +86,7 @@ def test_a_script_calls_study_py_for_its_run_alone(place):
 
 
 def test_what_does_not_choose_runs_is_handed_on(place):
-    more = ["--output_dir", "runs/my study", "--launch_arguments=--mixed_precision 'bf16'", "--keep_images"]
+    more = ["--output_dir", "runs/my study", "--report_dir=-my 'report'", "--keep_images"]
     (place / "mine.yaml").write_text("results_dir: kept\nextra: [a, b]\nsubmit: elsewhere\n")
     chosen = options(*more, "--retries", 4, "--slurm_account", "me", "--recipe", "mine.yaml")
     script, _ = write_submission("grid.yaml", [run_of("clean")], "jobs", chosen)
