@@ -3,6 +3,7 @@
 run.json            arguments, facts of the data, package versions
 log.jsonl           one line per logged step
 evaluation.jsonl    one line per evaluation
+looks.json          the last step whose samples and evaluation are done
 checkpoint-<step>/  see checkpoints.py
 samples/, loss.png  pictures
 """
@@ -109,6 +110,7 @@ OWNED = (
     "run.json",
     "log.jsonl",
     "evaluation.jsonl",
+    "looks.json",
     "evaluation.png",
     "loss.png",
     "samples",
@@ -158,6 +160,7 @@ class RunFolder:
         self.settings_file = self.path / "run.json"
         self.log_file = self.path / "log.jsonl"
         self.evaluation_file = self.path / "evaluation.jsonl"
+        self.looks_file = self.path / "looks.json"
         self.samples = self.path / "samples"
 
     def holds_a_run(self) -> bool:
@@ -252,8 +255,12 @@ class RunFolder:
                 "the settings it was started with, or another --output_dir."
             )
 
-    def cut_log(self, step: int) -> None:
-        """Drops the logs' lines after this step: what a killed run logged past its last checkpoint comes again."""
+    def cut_log(self, step: int) -> bool:
+        """Drops the logs' lines after this step: what a killed run logged past its last checkpoint comes again.
+
+        Returns:
+            Whether the samples and the evaluation of this step are done, where they were due.
+        """
         for file in (self.log_file, self.evaluation_file):
             if not file.exists():
                 continue
@@ -265,13 +272,28 @@ class RunFolder:
                 except (ValueError, KeyError):  # the line the kill cut in two
                     continue
             write_atomically(file, "".join(kept))
+        try:
+            looked = int(json.loads(self.looks_file.read_text())["step"])
+        except (OSError, ValueError, KeyError, TypeError):  # none yet, or one that a kill cut
+            return False
+        self.note_looks(min(step, looked))
+        return looked >= step
+
+    def note_looks(self, step: int) -> None:
+        """Notes that the samples and the evaluation of this step are done."""
+        with writing(f"--output_dir {self.path}", self.looks_file.name):
+            write_atomically(self.looks_file, json.dumps({"step": step}) + "\n")
 
     def log(self, row: dict) -> None:
         """Appends one line to the log."""
         self._append(self.log_file, row)
 
     def log_evaluation(self, row: dict) -> None:
-        """Appends one line to the log of evaluations."""
+        """Appends one line to the log of evaluations, in the place of one of the same step and choices."""
+        rows = self.read_evaluations()
+        others = [earlier for earlier in rows if _choices(earlier) != _choices(row)]
+        if len(others) < len(rows):  # the run was cut before the step's other looks were done
+            write_atomically(self.evaluation_file, "".join(json.dumps(other) + "\n" for other in others))
         self._append(self.evaluation_file, row)
 
     def _append(self, file: Path, row: dict) -> None:
@@ -336,6 +358,11 @@ def _read_settings(path: Path) -> dict:
             f"{path} is damaged, so the run's settings cannot be compared ({error}); remove it to resume without the "
             "comparison, or start anew with --overwrite_output_dir."
         ) from error
+
+
+def _choices(row: dict) -> tuple:
+    """Step, metrics and settings of an evaluation."""
+    return row["step"], row.keys(), row.get("settings")
 
 
 def _read_lines(file: Path) -> list[dict]:

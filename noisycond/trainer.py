@@ -39,8 +39,7 @@ class FitResult:
 
 
 def steps_to_train(args: LoopArguments, num_examples: int | None, global_batch_size: int) -> int:
-    """Optimizer steps of a run: --max_train_steps (always given for a stream), or --num_train_epochs passes over the
-    dataset."""
+    """Optimizer steps of a run: --max_train_steps, always given for a stream, or --num_train_epochs times the data."""
     return args.max_train_steps or -(-args.num_train_epochs * num_examples // global_batch_size)
 
 
@@ -85,7 +84,9 @@ def fit(
     if resume_from is not None:
         state.load(resume_from)
     progress, saved_at = state.progress, state.progress.step
-    on_main(accelerator, lambda: run.cut_log(progress.step))
+    has_looked = on_main(accelerator, lambda: run.cut_log(progress.step))
+    if resume_from is not None and not has_looked:  # the run before ended between its checkpoint and its looks
+        _look(state, run, looks)
     state.prepared.train()
     with StopSignals() as stop, _bar(state) as bar:
         stream = batches.starting_at(progress.attempted_step)
@@ -100,9 +101,8 @@ def fit(
             if args.checkpointing_steps and progress.step % args.checkpointing_steps == 0:
                 state.save()
                 saved_at = progress.step
-            due = [look for look, every in looks if look and every and progress.step % every == 0]
-            if due and state.stopped_by is None:
-                _look(state, run, due)
+            if state.stopped_by is None:
+                _look(state, run, looks)
         if saved_at != progress.step:
             state.save()
         totals = state.totals()
@@ -120,17 +120,22 @@ def _log(state: TrainingState, run: RunFolder, row: dict) -> None:
         run.log(row)
 
 
-def _look(state: TrainingState, run: RunFolder, looks: Sequence[Look]) -> None:
+def _look(state: TrainingState, run: RunFolder, looks: Sequence[tuple[Look | None, int]]) -> None:
+    """Does what is due at this step."""
     accelerator, step = state.accelerator, state.progress.step
+    due = [look for look, every in looks if look and every and step % every == 0]
+    if not due:
+        return
 
     def act() -> None:
         state.denoiser.eval()
-        for look in looks:
+        for look in due:
             row = look(step)
             if row:
                 numbers = {f"eval_{name}": value for name, value in row.items() if isinstance(value, (int, float))}
                 accelerator.log(numbers, step=step)  # trackers draw numbers; the choices behind them stand in the file
                 run.log_evaluation({"step": step} | row)
+        run.note_looks(step)
 
     with state.averaged_weights() if accelerator.is_main_process or state.sharded else nullcontext():
         on_main(accelerator, act)
@@ -138,13 +143,9 @@ def _look(state: TrainingState, run: RunFolder, looks: Sequence[Look]) -> None:
 
 
 def _bar(state: TrainingState) -> tqdm:
+    begun, is_here = state.progress.step, state.accelerator.is_local_main_process
     return tqdm(
-        total=state.max_steps,
-        initial=state.progress.step,
-        desc="training",
-        unit="step",
-        disable=not state.accelerator.is_local_main_process,
-        dynamic_ncols=True,
+        total=state.max_steps, initial=begun, desc="training", unit="step", disable=not is_here, dynamic_ncols=True
     )
 
 

@@ -350,3 +350,29 @@ def test_there_may_be_no_log_to_cut(run):
     begin(run)
     run.cut_log(3)
     assert not run.log_file.exists()
+
+
+def test_what_was_looked_at_is_known_as_far_as_the_log_goes(run):
+    begin(run)
+    assert run.cut_log(0) is False
+    run.note_looks(6)
+    assert run.cut_log(6) and not run.cut_log(7)
+    assert run.cut_log(4)  # further back, where it was looked before
+    assert not run.cut_log(6)  # and the steps after that come again
+    run.looks_file.write_text('{"st')
+    assert not run.cut_log(4)
+
+
+def test_an_evaluation_takes_the_place_of_an_equal_one_alone(run):
+    begin(run)
+    rows = [
+        {"step": 3, "fid": 1.0, "settings": {"num_images": 20}},
+        {"step": 6, "fid": 2.0, "settings": {"num_images": 20}},
+        {"step": 6, "fid": 3.0, "settings": {"num_images": 30}},
+        {"step": 6, "fid": 4.0, "recall": 1.0, "settings": {"num_images": 20}},
+    ]
+    for row in rows:
+        run.log_evaluation(row)
+    assert run.read_evaluations() == rows
+    run.log_evaluation(rows[1] | {"fid": 5.0})
+    assert run.read_evaluations() == [rows[0], *rows[2:], rows[1] | {"fid": 5.0}]
