@@ -6,7 +6,7 @@ import time
 
 from tqdm import tqdm
 
-from noisycond.study.results import RunRecord
+from noisycond.study.records import RunRecord
 from noisycond.study.running import Runner
 
 
