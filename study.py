@@ -154,14 +154,14 @@ def submit(args: StudyArguments, study: Study, path: Path, plans: list[Plan], re
     """Writes job scripts of the runs that are not done yet."""
     left, refused = not_done(plans, records), check_settings(study)
     if plans and not left:
-        print(f"All {len(plans)} runs are done; there is nothing to submit.")
+        print("There is nothing to submit: every run is done.")
         return
     for cell in dict.fromkeys(str(plan.run.cell) for plan in left):
         if cell in refused:
             print(f"{cell} will be recorded as failed: {refused[cell]}")
     array = write_submission(path, [plan.run for plan in left], args.submit, args, study.processes)[-1]
-    done = len(plans) - len(left)
-    print(f"{len(left)} runs are ready{f', {done} are done' if done else ''}: sbatch {array}")
+    others = f" ({len(plans) - len(left)} of {len(plans)} done before)" if len(left) < len(plans) else ""
+    print(f"{len(left)} runs are ready{others}: sbatch {array}")
 
 
 def publish(results: Results, folder: Path) -> Path:

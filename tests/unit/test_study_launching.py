@@ -77,7 +77,5 @@ def test_launchers_share_what_there_is(monkeypatch):
 
 
 def test_more_runs_than_there_are_gpus_for_are_refused():
-    with pytest.raises(
-        InputError, match="--jobs is 3, but a run has 2 GPUs .* there are 5 here: at most 2"
-    ):
+    with pytest.raises(InputError, match="--jobs is 3, but a run has 2 GPUs .* there are 5 here: at most 2"):
         gpu_launcher(["0", "1", "2", "3", "5"], 2, 3)

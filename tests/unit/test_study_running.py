@@ -80,6 +80,10 @@ if ask == "linger":  # the launcher is killed, and what it had started lives on 
         os.kill(os.getpid(), signal.SIGKILL)
     worker.kill()
     worker.wait()
+if ask == "deaf":
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    (folder / "began").touch()
+    time.sleep(60)
 if ask == "quit":
     sys.exit()
 if ask == "hang":
@@ -227,13 +231,16 @@ def test_what_a_killed_launcher_leaves_is_ended_before_another_try(tmp_path, mon
     assert not list(processes_in(folder))
 
 
-def test_a_second_call_of_stop_ends_at_once_what_is_deaf(tmp_path):
-    tried = Tried(tmp_path, {"slow": {"report_to": "linger"}})
+@pytest.mark.parametrize("what", ["linger", "deaf"])
+def test_a_second_call_of_stop_ends_at_once_what_is_deaf(tmp_path, what):
+    """What a dead launcher has left, and a launcher itself."""
+    tried = Tried(tmp_path, {"slow": {"report_to": what}})
     (tried.folder / "trained").mkdir(parents=True)
     (tried.folder / "trained/deaf").touch()
     runner, thread = tried.start()
     until(lambda: list(tried.folder.glob("trained/slow*/began")))
     runner.stop()
+    until(lambda: len(list(processes_in(tried.folder))) == 1)
     runner.stop()
     thread.join(10)
     assert not thread.is_alive() and not list(processes_in(tried.folder))

@@ -148,7 +148,7 @@ def test_a_setup_that_fails_starts_nothing(place):
 @pytest.mark.parametrize("sent, again", [(signal.SIGUSR1, True), (signal.SIGTERM, False)])
 def test_a_job_that_has_to_leave_lets_its_run_stop_and_queues_it_again(place, sent, again):
     """By USR1 shortly before the time limit, by TERM for good: both reach study.py, and study.py alone, as SIGTERM."""
-    leaving = f"trap 'sleep 0.2; touch {place}/stopped; exit 0' TERM; touch {place}/started"
+    leaving = f"trap 'sleep 0.2; touch {place}/stopped; exit 143' TERM; touch {place}/started"
     write_stub(place / "bin/python", f"{leaving}\nwhile :; do sleep 0.02; done")
     *_, array = write_submission("grid.yaml", [run_of("clean")], "jobs", options())
     job = start(array, SLURM_ARRAY_TASK_ID="0", SLURM_JOB_ID="77")
@@ -157,7 +157,7 @@ def test_a_job_that_has_to_leave_lets_its_run_stop_and_queues_it_again(place, se
             break
         time.sleep(0.02)
     job.send_signal(sent)
-    assert job.wait(timeout=20) == 0
+    assert job.wait(timeout=20) == 143  # as study.py leaves
     assert (place / "stopped").exists()  # waited for
     assert (place / "requeued").exists() == again
     assert not again or (place / "requeued").read_text() == "requeue 77\n"
