@@ -18,10 +18,13 @@ SAID = {
         "max_train_samples": 64,
         "validation_images_per_class": 1,
         "validation_inference_steps": 1,
+        "eval_steps": 2,
+        "eval_num_images": 20,
+        "eval_metrics": ["fid"],
     },
     "seeds": [0],
     "cells": {
-        "clean": {"eval_steps": 2, "eval_num_images": 20, "eval_metrics": [["fid"]]},
+        "clean": {},
         "planted": {"corruption_ratio": 0.1, "pretrained_vae_model_name_or_path": "/nowhere"},
         "refused": {"corruption_ratio": 1.5},
     },
@@ -90,6 +93,7 @@ def test_a_result_says_how_it_was_made(ran):
     assert record["rows"][0]["num_images"] == 20
     assert [(row["step"], row["guidance_scale"]) for row in record["curve"]] == [(2, 2.0)]
     assert set(record["seconds"]) == {"train_class_cond", "evaluate_model"}
+    assert record["curve_choices"]["num_images"] == 20 and record["curve_choices"]["reference"]["name"] == "digits"
     assert record["image_choices"]["generated"]["num_inference_steps"] == 1
     assert path.with_suffix(".webp").exists()
     assert not list(folder.glob("out/evaluated/*/images"))
@@ -102,7 +106,7 @@ def test_a_result_says_how_it_was_made(ran):
         (["--seeds", 0], "the first word must be the study"),
         (["quik"], "did you mean 'quick'?"),
         (["quick", "--seed", 0], "unknown flag --seed (did you mean '--seeds'?)"),
-        (["quick", "--cells", "eta-0.25"], "did you mean 'eta-0.2'?"),
+        (["quick", "--cells", "eta-0.25"], "did you mean 'eta-0.025'?"),
         (["quick", "--jobs", 0], "--jobs is 0, but it must be positive"),
         (["quick", "--report_only", "--dry_run"], "do not go together"),
     ],
