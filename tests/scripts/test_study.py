@@ -83,7 +83,7 @@ def test_a_study_that_is_done_launches_nothing_and_a_report_can_be_written_elsew
     call("study", write(folder, cells={"truth": SAID["cells"]["clean"]}), *flags)
     assert "1 of 1 runs are done" in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in (folder / "out" / "logs").iterdir()} == before
-    assert "truth" in (folder / "docs" / "results.md").read_text()
+    assert "truth" in (folder / "docs" / "results.csv").read_text()
 
 
 def test_a_result_says_how_it_was_made(ran):
