@@ -18,12 +18,13 @@ from pathlib import Path
 try:
     from noisycond.arguments import flag, parse_arguments
     from noisycond.errors import one_sentence_errors, require, writing
-    from noisycond.study.definition import Study, find_study, read_study
+    from noisycond.study.definition import Study
     from noisycond.study.figures import draw_figures
     from noisycond.study.launching import Launcher, cpu_launcher, gpu_launcher
     from noisycond.study.locks import locked
     from noisycond.study.planning import Plan, plan_runs, refuse_unknown_flags
     from noisycond.study.progress import Progress
+    from noisycond.study.reading import find_study, read_study
     from noisycond.study.records import is_done, known_records, stand_of
     from noisycond.study.report import write_report
     from noisycond.study.results import Results, read_results

@@ -14,7 +14,7 @@ from noisycond.evaluation.metrics import METRICS
 from noisycond.evaluation.options import MetricArguments
 from noisycond.launch import split_command
 from noisycond.recipes import recipe_names
-from noisycond.study.definition import read_study
+from noisycond.study.reading import read_study
 
 
 CEP_EVERYWHERE = (ROOT / "docs/cep_everywhere.md").read_text(encoding="utf-8")

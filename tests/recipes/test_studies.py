@@ -12,8 +12,8 @@ from script_flags import arguments_class
 
 from noisycond.arguments import Arguments, parse_arguments
 from noisycond.recipes import RECIPES
-from noisycond.study.definition import STUDIES, read_study, study_names
 from noisycond.study.planning import plan_runs
+from noisycond.study.reading import STUDIES, read_study, study_names
 
 
 README = (STUDIES / "README.md").read_text(encoding="utf-8")

@@ -6,8 +6,9 @@ import pytest
 import yaml
 
 from noisycond.errors import InputError
-from noisycond.study.definition import Stage, read_study
+from noisycond.study.definition import Stage
 from noisycond.study.planning import identity_of, plan_runs, refuse_unknown_flags
+from noisycond.study.reading import read_study
 
 
 SAID = {

@@ -18,11 +18,11 @@ import yaml
 
 from noisycond.errors import InputError
 from noisycond.study import launching, locks, running, steps
-from noisycond.study.definition import read_study
 from noisycond.study.launching import Launcher
 from noisycond.study.logs import begin_attempt, reason_of
 from noisycond.study.planning import plan_runs
 from noisycond.study.progress import Progress
+from noisycond.study.reading import read_study
 from noisycond.study.records import RunRecord, is_done, known_records, record_of
 from noisycond.study.results import read_results
 from noisycond.study.running import Runner

@@ -11,10 +11,10 @@ import pytest
 import yaml
 from launching import load_script
 
-from noisycond.study.definition import read_study
 from noisycond.study.launching import Launcher
 from noisycond.study.locks import locked
 from noisycond.study.planning import plan_runs
+from noisycond.study.reading import read_study
 from noisycond.study.records import RunRecord
 
 

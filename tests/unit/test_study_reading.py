@@ -6,8 +6,8 @@ import pytest
 import yaml
 
 from noisycond.errors import InputError
-from noisycond.study.definition import read_study, study_names
 from noisycond.study.methods import Method, method_of
+from noisycond.study.reading import read_study, study_names
 
 
 EVALUATION = {"recipe": "digits_evaluation", "settings": {"guidance_scale": [1.0, 2.0]}}
@@ -55,11 +55,16 @@ def test_lists_are_crossed_and_a_list_in_a_list_is_one_value(tmp_path):
     own = {"corruption_ratio": [0.1, 0.2], "corruption_mode": ["fixed", "random"], "eval_metrics": [["fid", "kid"]]}
     cells = read(tmp_path, cells={"both": own}).cells
     assert [cell.label for cell in cells] == [
-        f"both-{ratio}-{mode}-['fid', 'kid']" for ratio in (0.1, 0.2) for mode in ("fixed", "random")
+        f"both-{ratio}-{mode}" for ratio in (0.1, 0.2) for mode in ("fixed", "random")
     ]
     assert words_of(cells[0])["eval_metrics"] == ["fid", "kid"]
     assert cells[3].method == Method("corruption", "symmetric", "random", 0.2)
     assert cells[3].stages[0].arguments()[-3:] == ["--eval_metrics", "fid", "kid"]
+
+
+def test_a_value_that_is_a_list_is_named_where_there_are_several(tmp_path):
+    own = {"cep_gamma": 1, "eval_metrics": [["fid", "kid"], ["fid"]]}
+    assert [cell.label for cell in read(tmp_path, cells={"a": own}).cells] == ["a-fid+kid", "a-fid"]
 
 
 def test_a_grid_makes_blocks(tmp_path):
