@@ -23,10 +23,11 @@ try:
     from noisycond.study.planning import Plan, plan_runs, refuse_unknown_flags
     from noisycond.study.progress import Progress
     from noisycond.study.report import write_report
-    from noisycond.study.results import Results, is_done, known_records, read_results
+    from noisycond.study.results import Results, is_done, known_records, read_results, usual_output_folder
     from noisycond.study.running import Launcher, Runner, cpu_launcher, gpu_launcher, locked
+    from noisycond.study.statistics import compare
     from noisycond.study.submit import SubmitArguments, write_submission
-    from noisycond.study.tables import write_tables
+    from noisycond.study.tables import write_page, write_tables
 except ModuleNotFoundError as error:
     sys.exit(f"error: {error.name} is not installed; in the checkout, run: pip install -e .")
 
@@ -130,7 +131,10 @@ def publish(results: Results, folder: Path) -> Path:
     with writing(f"--report_dir {folder}", "the report (the results are kept; --report_only writes it again)"):
         folder.mkdir(parents=True, exist_ok=True)
         with locked(folder):  # of a job array, several may be here
-            tables, figures = write_tables(results, folder), draw_figures(results, folder / "figures")
+            summary = compare(results.values)
+            tables = write_tables(results, summary, folder)
+            figures = draw_figures(results, summary, folder / "figures")
+            write_page(results, tables, figures, folder)
             return write_report(results, tables, figures, folder / "report.html")
 
 
@@ -138,7 +142,7 @@ def publish(results: Results, folder: Path) -> Path:
 def main(argv: list[str] | None = None) -> None:
     path, args = parse(argv)
     study = read_study(str(path))
-    folder = Path(args.output_dir or Path("runs") / "studies" / study.name)
+    folder = Path(args.output_dir or usual_output_folder(study))
     records = Path(args.results_dir or folder / "results")
     plans = plan_runs(study, study.runs(args.cells, args.seeds, args.blocks), folder)
     if args.dry_run:

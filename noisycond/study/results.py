@@ -4,6 +4,7 @@ import json
 import math
 import os
 import platform
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
@@ -18,7 +19,7 @@ from noisycond.evaluation.images import Resize, open_images, read_image
 from noisycond.evaluation.metrics import METRICS
 from noisycond.pictures import image_grid
 from noisycond.run_folder import PACKAGES, write_atomically
-from noisycond.study.definition import Study, StudyCell
+from noisycond.study.definition import STUDIES, Study, StudyCell
 from noisycond.study.planning import ID_LENGTH, NOT_IN_IDENTITY, Plan
 
 
@@ -172,16 +173,39 @@ class Results:
     Attributes:
         runs: one per cell and seed, in the study's order; see studies/README.md for the keys. values: tidy, a line
             per number, with [`COLUMNS`]: `step` is <NA> of the final model, and the training step of an evaluation
-            while it trained; several seeds of generation are averaged.
+            while it trained; several seeds of generation are averaged. folder: of the records.
     """
 
     study: Study
     runs: list[dict]
     values: pandas.DataFrame
+    folder: Path
 
     @property
     def done(self) -> int:
         return sum(run["status"] == "done" for run in self.runs)
+
+    def command(self) -> str:
+        """What runs the study and writes this again, as a user types it in the folder of noisycond."""
+        words = ["python", "study.py", _as_typed(self.study.path)]
+        if os.path.abspath(self.folder) != os.path.abspath(usual_output_folder(self.study) / "results"):
+            words += ["--results_dir", _as_typed(self.folder)]
+        return shlex.join(words)
+
+
+def usual_output_folder(study: Study) -> Path:
+    """Where study.py writes a study's results where it is not told otherwise."""
+    return Path("runs") / "studies" / study.name
+
+
+def _as_typed(path: Path) -> str:
+    """Relative to the current folder where it lies below; a study or result of the checkout relative to that; else as
+    it was given."""
+    whole = Path(os.path.abspath(path))
+    for below, root in ((Path.cwd(), Path.cwd()), (STUDIES, STUDIES.parent)):
+        if whole.is_relative_to(below):
+            return str(whole.relative_to(root))
+    return str(path)
 
 
 def read_results(study: Study, plans: Sequence[Plan], folder: Path) -> Results:
@@ -216,7 +240,7 @@ def read_results(study: Study, plans: Sequence[Plan], folder: Path) -> Results:
         )
         if record.get("status") == "done":
             lines += _lines(cell, run.seed, record)
-    return Results(study, runs, _frame(lines))
+    return Results(study, runs, _frame(lines), folder)
 
 
 def known_records(folder: Path) -> dict[str, Path]:
