@@ -118,7 +118,8 @@ def family_styles(lines: Sequence[Line]) -> dict[str, Style]:
     palette, markers = itertools.cycle(COLOURS), itertools.cycle(MARKERS)
     own = {"uniform": COLOURS[0], "gaussian": COLOURS[1]}
     return {
-        line.title: _style(line.method, own.get(line.method.type) or next(palette), next(markers)) for line in lines
+        line.title: _style(line.method, own.get(line.method.type) or next(palette), next(markers))
+        for line in {line.title: line for line in lines}.values()  # of several panels
     }
 
 
@@ -135,9 +136,9 @@ def _style(method: Method, colour: object, marker: str) -> Style:
 
 
 def _share(strength: float, strengths: Sequence[float]) -> float:
-    """Where a strength stands between the least and the greatest, by ratio: 0 to 1."""
-    low, high = math.log(min(strengths)), math.log(max(strengths))
-    return (math.log(strength) - low) / (high - low) if high > low else 0.5
+    """Where a strength stands among those that there are, in equal steps from 0 to 1."""
+    steps = sorted(set(strengths))
+    return steps.index(strength) / (len(steps) - 1) if len(steps) > 1 else 0.5
 
 
 def draw_lines(
@@ -282,7 +283,7 @@ def _draw_level(line: Callable, span: Callable, level: Point, title: str, colour
 
 
 def _draw_dots(axes, dots: Sequence[Dot | None], beside: float, name: str, style: Style) -> None:
-    label = name
+    label = name if all(dot is None or dot.colour is None for dot in dots) else "_nolegend_"
     for row, dot in enumerate(dots):
         if dot is None:
             continue

@@ -351,7 +351,7 @@ def _regularizers(block: _Block) -> Iterator[Figure]:
             "and hollow where it is inconclusive."
             if max(pairs) > 1
             else "",
-            "The arrow points to the better side.",
+            "The arrow points to the better side; dashed: no difference.",
             f"Not drawn, for none differs from clean: {words.titles(equal)}." if equal else "",
         ],
         words.difference_numbers(first, found[first], titles),

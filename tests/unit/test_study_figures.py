@@ -13,7 +13,16 @@ from noisycond.study import figure_data as data
 from noisycond.study import figure_drawing, figures, selection
 from noisycond.study import figure_words as words
 from noisycond.study.figure_data import Difference, Line, Point
-from noisycond.study.figure_drawing import Axis, Dot, DotPanel, Panel, cell_styles, draw_dots, draw_lines
+from noisycond.study.figure_drawing import (
+    Axis,
+    Dot,
+    DotPanel,
+    Panel,
+    cell_styles,
+    draw_dots,
+    draw_lines,
+    family_styles,
+)
 from noisycond.study.methods import Method, method_of
 from noisycond.study.montage import MOST_BYTES, montage, png
 from noisycond.study.statistics import compare
@@ -331,6 +340,11 @@ class TestStyles:
             brightness = [np.dot(styles[title]["color"][:3], (0.299, 0.587, 0.114)) for title in titles]
             assert brightness == sorted(brightness, reverse=True) and brightness[0] < 0.8
 
+    def test_lines_over_strengths_keep_their_look_in_all_panels(self):
+        lines = [Line(name, Method("cep", type, "random"), ()) for name, type in (("U", "uniform"), ("G", "gaussian"))]
+        lines.append(Line("symmetric", Method("corruption", "symmetric", "fixed"), ()))
+        assert family_styles(3 * lines) == family_styles(lines)
+
     def test_one_strength_has_one_colour(self):
         styles = styles_of(LARGE)
         assert styles["η = 10 %"]["color"] == styles["η = 10 %, random"]["color"] != styles["η = 5 %"]["color"]
@@ -525,15 +539,15 @@ class TestWhatIsDrawn:
     """The data that is handed to the drawing."""
 
     def test_regularizers_are_the_differences_of_the_comparison_full_where_tables_mark_them(self, handed, tmp_path):
-        results = toy_results(range(3), cells=LARGE, metrics=("fid", "recall"))
+        results = toy_results(range(3), cells=LARGE, metrics=("fid", "inception_score"))
         summary = compare(results.values)
         (figure,) = (each for each in figures.draw_figures(results, summary, tmp_path) if each.name == "regularizers")
         panels, titles = handed["regularizers"]
         cells = ["dropout", "label-smoothing", "ip", "cep-u-1", "cep-g-1", "eta-0.025"]
         assert titles == [method_of(LARGE[cell]).title for cell in cells[:-1]] + ["η = 2.5 % (slightest)"]
-        assert [panel.heading for panel in panels] == ["Δ FID ↓", "Δ recall ↑"]
+        assert [panel.heading for panel in panels] == ["Δ FID ↓", "Δ IS ↑"]
         found = summary[summary["guidance_scale"] == 2.25].set_index(["metric", "cell"])
-        for metric, panel in zip(("fid", "recall"), panels, strict=True):
+        for metric, panel in zip(("fid", "inception_score"), panels, strict=True):
             for cell, dot in zip(cells, panel.series["difference from clean"], strict=True):
                 line = found.loc[(metric, cell)]
                 ends = (dot.value, dot.value - dot.below, dot.value + dot.above)
