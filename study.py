@@ -27,10 +27,11 @@ try:
     from noisycond.study.reading import find_study, read_study
     from noisycond.study.records import is_done, known_records, stand_of
     from noisycond.study.report import write_report
-    from noisycond.study.results import Results, read_results
+    from noisycond.study.results import Results, read_results, usual_output_folder
     from noisycond.study.running import Runner
+    from noisycond.study.statistics import compare
     from noisycond.study.submit import SubmitArguments, write_submission
-    from noisycond.study.tables import write_tables
+    from noisycond.study.tables import write_page, write_tables
 except ModuleNotFoundError as error:
     sys.exit(f"error: {error.name} is not installed; in the checkout, run: pip install -e .")
 
@@ -169,7 +170,10 @@ def publish(results: Results, folder: Path) -> Path:
     """Writes tables, figures and the report of what there is; returns the report."""
     with writing(f"--report_dir {folder}", "the report (the results are kept; --report_only writes it again)"):
         folder.mkdir(parents=True, exist_ok=True)
-        tables, figures = write_tables(results, folder), draw_figures(results, folder / "figures")
+        summary = compare(results.values)
+        tables = write_tables(results, summary, folder)
+        figures = draw_figures(results, summary, folder / "figures")
+        write_page(results, tables, figures, folder)
         return write_report(results, tables, figures, folder / "report.html")
 
 
@@ -194,7 +198,7 @@ def report_on(study: Study, folder: Path, records: Path, report_dir: Path) -> Re
 def main(argv: list[str] | None = None) -> None:
     path, args = parse(argv)
     study = read_study(str(path))
-    folder = Path(args.output_dir or Path("runs") / "studies" / study.name)
+    folder = Path(args.output_dir or usual_output_folder(study))
     records = Path(args.results_dir or folder / "results")
     plans = plan_runs(study, study.runs(args.cells, args.seeds, args.blocks), folder)
     if args.dry_run:

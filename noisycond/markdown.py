@@ -2,7 +2,7 @@
 
 They are padded, so that they also read well as plain text."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 
 MISSING = "–"  # no value
@@ -13,6 +13,12 @@ WIDE = 8  # more metrics than these beside each other are wider than a page
 def escaped(text: object) -> str:
     """Text that may stand in a table: in one line, its bars escaped."""
     return " ".join(str(text).split()).replace("|", "\\|")
+
+
+def listed(words: Iterable[str]) -> str:
+    """ "a, b and c"; at least one."""
+    *before, last = words
+    return f"{', '.join(before)} and {last}" if before else last
 
 
 def markdown_table(head: Sequence[str], lines: Sequence[Sequence[str]], left: Collection[int]) -> str:

@@ -3,20 +3,18 @@
 `values` are lines of that table (`Results.values`), of one block; `cells` are that block's labels with their methods.
 """
 
-import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from pandas import DataFrame
 
+from noisycond.study import selection
 from noisycond.study.methods import KINDS, Method
+from noisycond.study.selection import Cells, clean_of
 
 
-Cells = Mapping[str, Method]
-BASELINES = ("embedding_dropout", "label_smoothing", "input_perturbation")
 MOST_IN_A_PANEL = 7  # lines beside clean's
-USUAL_GAMMA = 1.0  # of CEP, the paper's default: what stands for CEP where one γ is to
 
 
 @dataclass(frozen=True)
@@ -24,7 +22,7 @@ class Point:
     """One setting at one place.
 
     Attributes:
-        x: η in %, γ, guidance scale or optimizer step. values: one per seed of training, in the order of the seeds.
+        x: η in %, γ, guidance scale or optimizer step. values: one per seed, in the order of the seeds.
     """
 
     x: float
@@ -60,13 +58,15 @@ class Pair:
 
 @dataclass(frozen=True)
 class Difference:
-    """A cell minus clean, paired over seeds: the mean difference and its 95 % t interval (NaN of a single pair)."""
+    """A cell minus clean, paired over seeds: the mean difference, its 95 % t interval (NaN of a single pair), and the
+    verdict of `noisycond.study.statistics.compare` on it."""
 
     cell: str
     mean: float
     low: float
     high: float
     pairs: int
+    verdict: str = ""
 
 
 # Lines of the table.
@@ -84,10 +84,9 @@ def at_scale(values: DataFrame, scale: float | None) -> DataFrame:
 
 
 def one_scale(values: DataFrame, wanted: float | None) -> float | None:
-    """The guidance scale of figures that show one: of those measured the nearest to the wanted one, or, if none is
-    wanted, the smallest; None where there is none."""
-    there = set(values["guidance_scale"].dropna())
-    return float(min(there, key=lambda scale: (abs(scale - (wanted or 0.0)), scale))) if there else None
+    """The guidance scale of figures that show one, as tables choose it; None for what has none."""
+    there = [None if scale != scale else float(scale) for scale in values["guidance_scale"].unique()]
+    return next(iter(selection.places(there, wanted)), None)
 
 
 def metrics_in(values: DataFrame, cells: Cells, names: Sequence[str]) -> list[str]:
@@ -128,10 +127,6 @@ def distinct(cells: Sequence[tuple[str, Method]]) -> tuple[dict[str, Method], li
     return kept, others
 
 
-def clean_of(cells: Cells) -> dict[str, Method]:
-    return {cell: method for cell, method in cells.items() if method.kind == "clean"}
-
-
 def families(cells: Cells, kind: str) -> dict[Method, dict[str, Method]]:
     """The cells of a kind by type and mode (a method of strength 0), each by strength; the largest family first."""
     found: dict[Method, dict[str, Method]] = {}
@@ -164,27 +159,19 @@ def groups(cells: Cells) -> list[dict[str, Method]]:
 
 
 def regularizers(values: DataFrame, cells: Cells) -> dict[str, str]:
-    """The cells that the comparison of regularizers shows, with their titles: dropout, label smoothing, IP, each type
-    of CEP drawn anew at the γ nearest to 1, and of all corruptions the slightest (fixed before random) and the one of
-    the lowest mean FID; none where there is nothing but corruption.
+    """The cells, clean apart, that the comparison of regularizers shows, with their titles; as in its table.
 
     Args:
         values: at one guidance scale.
     """
-    baselines = [cell for kind in BASELINES for cell, method in cells.items() if method.kind == kind]
-    drawn_anew = {cell: method for cell, method in cells.items() if method.kind == "cep" and method.mode == "random"}
-    perturbations = sorted(families(drawn_anew, "cep").items(), key=_by_place)
-    titles = {cell: cells[cell].title for cell in [*baselines, *(_usual(family) for _, family in perturbations)]}
-    corrupted = {cell: method for cell, method in cells.items() if method.kind == "corruption"}
-    fids = {cell: found.mean for cell in corrupted if (found := point(values, cell, "fid"))}
-    if not corrupted or not titles:
-        return titles
-    slightest = min(corrupted, key=lambda cell: (corrupted[cell].strength, corrupted[cell].mode == "random"))
-    best = min(fids, key=fids.get, default=slightest)
-    for cell in dict.fromkeys([slightest, best]):
-        which = ["slightest"] * (cell == slightest) + ["best FID"] * (cell == best and bool(fids))
-        titles[cell] = cells[cell].title + (f" ({', '.join(which)})" if len(corrupted) > 1 else "")
-    return titles
+    there = set(values["cell"])
+    found = selection.regularizers({cell: method for cell, method in cells.items() if cell in there})
+    shown = {cell: method for name, family in found.items() if name != "clean" for cell, method in family.items()}
+    several = len(selection.of_kind(cells, "corruption")) > 1
+    return {
+        cell: method.title + (" (slightest)" if several and method.kind == "corruption" else "")
+        for cell, method in shown.items()
+    }
 
 
 def sample_cells(cells: Cells) -> list[str]:
@@ -193,7 +180,7 @@ def sample_cells(cells: Cells) -> list[str]:
     corrupted = list(next(iter(families(cells, "corruption").values()), {}))
     uniform = [family for how, family in of_main_mode(cells, "cep").items() if how.type == "uniform"]
     chosen = [*list(clean_of(cells))[:1], *corrupted[:1], *corrupted[-1:]]
-    return list(dict.fromkeys([*chosen, *(_usual(family) for family in uniform)]))
+    return list(dict.fromkeys([*chosen, *(next(iter(selection.nearest_gamma(family))) for family in uniform)]))
 
 
 def sample_runs(runs: Sequence[dict], cells: Cells) -> list[dict]:
@@ -256,21 +243,18 @@ def lines_of_cells(values: DataFrame, cells: Cells, metric: str, column: str) ->
     ]
 
 
-def pairs_of_modes(values: DataFrame, cells: Cells, metric: str) -> list[Pair]:
+def points_of_modes(values: DataFrame, cells: Cells, pairs: Sequence[tuple[str, str]], metric: str) -> list[Pair]:
     """What was run in both modes, corruption before CEP, by type and strength.
 
     Args:
-        values: at one guidance scale.
+        values: at one guidance scale. pairs: labels of a fixed and a random cell each.
     """
-    by_method = {method: cell for cell, method in cells.items()}
-    pairs = []
-    for method in sorted(by_method, key=lambda method: (*_place(method), method.strength)):
-        other = replace(method, mode="random")
-        if method.mode == "fixed" and other in by_method:
-            fixed, random = (point(values, by_method[each], metric) for each in (method, other))
-            if fixed and random:
-                pairs.append(Pair(replace(method, mode="").title, fixed, random))
-    return pairs
+    found = []
+    for labels in sorted(pairs, key=lambda pair: (*_place(cells[pair[0]]), cells[pair[0]].strength)):
+        fixed, random = (point(values, cell, metric) for cell in labels)
+        if fixed and random:
+            found.append(Pair(replace(cells[labels[0]], mode="").title, fixed, random))
+    return found
 
 
 def differences(compared: DataFrame, cells: Sequence[str], metric: str) -> list[Difference]:
@@ -280,17 +264,12 @@ def differences(compared: DataFrame, cells: Sequence[str], metric: str) -> list[
         compared: what `noisycond.study.statistics.compare` says of one block, of final models at one guidance scale.
     """
     found = compared[(compared["metric"] == metric) & (compared["pairs"] > 0)].set_index("cell")
-    columns = found[["difference", "low", "high", "pairs"]]
+    lines = {line.Index: line for line in found.itertuples()}
     return [
-        Difference(cell, *map(float, columns.loc[cell].iloc[:3]), int(columns.loc[cell, "pairs"]))
+        Difference(cell, line.difference, line.low, line.high, int(line.pairs), line.verdict)
         for cell in cells
-        if cell in columns.index
+        if (line := lines.get(cell)) is not None
     ]
-
-
-def _usual(family: Cells) -> str:
-    """The cell of CEP with the γ nearest to the usual one, by ratio: γ = 0.5 is as far from 1 as γ = 2 is."""
-    return min(family, key=lambda cell: abs(math.log(family[cell].strength / USUAL_GAMMA)))
 
 
 def _place(method: Method) -> tuple:

@@ -8,7 +8,7 @@ import io
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from PIL import Image
@@ -71,11 +71,12 @@ class Dot:
     above: float = 0.0
     seeds: Sequence[float] = ()
     filled: bool = True
+    colour: object = None  # None: the series'
 
 
 @dataclass(frozen=True)
 class DotPanel:
-    """One metric of several settings, a row each.
+    """One metric of several cells, a row each.
 
     Attributes:
         series: by name, of each row a dot or None. clean: drawn across all rows.
@@ -89,30 +90,55 @@ class DotPanel:
 Style = Mapping[str, object]
 
 
-def line_styles(lines: Sequence[Line]) -> dict[str, Style]:
-    """Colour and marker of each line by title: clean is black; a family of strengths goes from light to dark; what
-    stands alone takes the palette's next colour."""
-    families: dict[Method, list[Line]] = {}
-    for line in {line.title: line for line in lines}.values():
-        alone = line.method.strength == 0 or line.method.kind not in ("corruption", "cep")
-        key = Method("mixed", line.title) if alone else replace(line.method, strength=0.0)
-        families.setdefault(key, []).append(line)
+def cell_styles(cells: Mapping[str, Method]) -> dict[str, Style]:
+    """Colour and marker of each cell by title, for all figures of a study: clean is black; corruptions and each type
+    of CEP go from light to dark by their strength, on one scale each; what has neither takes the palette's next
+    colour. What is not in the usual mode or type has a line of its own kind."""
+    scales: dict[str, list[float]] = {}
+    for method in cells.values():
+        if method.strength > 0:
+            scales.setdefault(method.kind, []).append(method.strength)
+    palette, markers = itertools.cycle(COLOURS[2:]), itertools.cycle(MARKERS)
     styles: dict[str, Style] = {}
-    palette = itertools.cycle(COLOURS)
-    for family, members in families.items():
-        members = sorted(members, key=lambda line: line.method.strength)
-        ramp = RAMPS.get(family.type if family.kind == "cep" else family.kind)
-        for number, line in enumerate(members):
-            share = number / (len(members) - 1) if len(members) > 1 else 0.5
-            styles[line.title] = {
-                "color": CLEAN if line.method.kind == "clean" else _on_ramp(*ramp, share) if ramp else next(palette),
-                "marker": MARKERS[len(styles) % len(MARKERS)],
-                "linestyle": "--" if family.type == "gaussian" else "-",
-                "linewidth": 1.8 if line.method.kind == "clean" else 1.2,
-                "markersize": 4.5,
-            }
-    styles.setdefault("clean", {"color": CLEAN})
+    for title, method in cells.items():
+        ramp = RAMPS.get(method.type if method.kind == "cep" else method.kind)
+        if method.kind == "clean":
+            colour = CLEAN
+        elif ramp is None or method.strength == 0:
+            colour = next(palette)
+        else:
+            colour = _on_ramp(*ramp, _share(method.strength, scales[method.kind]))
+        styles[title] = _style(method, colour, next(markers))
     return styles
+
+
+def family_styles(lines: Sequence[Line]) -> dict[str, Style]:
+    """Colour and marker of each line over strengths, by title: CEP-U blue, CEP-G orange, corruptions in the palette's
+    order."""
+    palette, markers = itertools.cycle(COLOURS), itertools.cycle(MARKERS)
+    own = {"uniform": COLOURS[0], "gaussian": COLOURS[1]}
+    return {
+        line.title: _style(line.method, own.get(line.method.type) or next(palette), next(markers))
+        for line in {line.title: line for line in lines}.values()  # of several panels
+    }
+
+
+def _style(method: Method, colour: object, marker: str) -> Style:
+    unusual = method.mode == {"corruption": "random", "cep": "fixed"}.get(method.kind)
+    kinds = {(False, False): "-", (True, False): ":", (False, True): "--", (True, True): "-."}
+    return {
+        "color": colour,
+        "marker": marker,
+        "linestyle": kinds[unusual, method.type in ("gaussian", "asymmetric")],
+        "linewidth": 1.8 if method.kind == "clean" else 1.2,
+        "markersize": 4.5,
+    }
+
+
+def _share(strength: float, strengths: Sequence[float]) -> float:
+    """Where a strength stands among those that there are, in equal steps from 0 to 1."""
+    steps = sorted(set(strengths))
+    return steps.index(strength) / (len(steps) - 1) if len(steps) > 1 else 0.5
 
 
 def draw_lines(
@@ -158,7 +184,7 @@ def draw_lines(
 
 
 def draw_dots(panels: Sequence[DotPanel], titles: Sequence[str], note: str, path: Path) -> None:
-    """Panels side by side with a row for each setting, to a PNG.
+    """Panels side by side with a row for each cell, to a PNG.
 
     Args:
         titles: of the rows, from above. note: as in [`draw_lines`].
@@ -257,15 +283,17 @@ def _draw_level(line: Callable, span: Callable, level: Point, title: str, colour
 
 
 def _draw_dots(axes, dots: Sequence[Dot | None], beside: float, name: str, style: Style) -> None:
-    label = name
+    label = name if all(dot is None or dot.colour is None for dot in dots) else "_nolegend_"
     for row, dot in enumerate(dots):
         if dot is None:
             continue
         bar = {"xerr": [[dot.below], [dot.above]], "capsize": 3, "elinewidth": 1} if dot.below or dot.above else {}
-        inside = style["color"] if dot.filled else "white"
-        axes.errorbar(dot.value, row + beside, label=label, linestyle="", markersize=5.5, mfc=inside, **bar, **style)
+        colour = style["color"] if dot.colour is None else dot.colour
+        inside = colour if dot.filled else "white"
+        look = {"linestyle": "", "markersize": 5.5, "marker": style["marker"], "color": colour, "mfc": inside}
+        axes.errorbar(dot.value, row + beside, label=label, **bar, **look)
         label = "_nolegend_"
-        small = {"color": style["color"], "s": 7, "alpha": 0.5, "linewidths": 0, "zorder": 1.5}
+        small = {"color": colour, "s": 7, "alpha": 0.5, "linewidths": 0, "zorder": 1.5}
         axes.scatter(dot.seeds, [row + beside] * len(dot.seeds), **small)
 
 

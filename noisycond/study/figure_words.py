@@ -4,6 +4,7 @@ those who do not see the picture."""
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from noisycond.evaluation.metrics import METRICS
+from noisycond.markdown import listed
 from noisycond.study.figure_data import Difference, Line, Pair
 from noisycond.study.figure_drawing import Panel
 from noisycond.study.methods import Method
@@ -19,13 +20,7 @@ def heading(metric: str) -> str:
 
 
 def number(metric: str, value: float) -> str:
-    decimals = METRICS[metric].decimals
-    return f"{value:.1e}" if 0 < abs(value) < 10**-decimals else f"{value:.{decimals}f}"
-
-
-def listed(words: Iterable[str]) -> str:
-    *before, last = words
-    return f"{', '.join(before)} and {last}" if before else last
+    return f"{value:{METRICS[metric].form(value)}}"
 
 
 def titles(metrics: Iterable[str]) -> str:
@@ -48,7 +43,7 @@ def mode_of(families: Iterable[Method]) -> str:
 
 
 def seeds(counts: Collection[int]) -> str:
-    """ "5 seeds", "3 to 5 seeds" where settings differ, "1 seed"."""
+    """ "5 seeds", "3 to 5 seeds" where cells differ, "1 seed"."""
     low, high = min(counts), max(counts)
     return f"{low} seed{'s' * (low != 1)}" if low == high else f"{low} to {high} seeds"
 
@@ -58,16 +53,40 @@ def counts(lines: Sequence[Line]) -> set[int]:
     return {len(point.values) for line in lines for point in line.points}
 
 
-def bars(counts: Collection[int], word: str = "bars", small: str = "") -> str:
+def bars(counts: Collection[int], decided: str, word: str = "bars", small: str = "") -> str:
     """What points and bars are, as a sentence of a caption.
 
     Args:
-        word: what shows the spread. small: what else is drawn where there are several seeds.
+        decided: what a seed decides. word: what shows the spread. small: what else is drawn where there are several
+            seeds.
     """
     if max(counts) == 1:
-        return "One seed of training each, so no spread is drawn."
+        return f"One seed each, of {decided}, so no spread is drawn."
     also = f"; {small}" if small else ""
-    return f"Mean over {seeds(counts)} of training; {word}: ± the sample standard deviation over them{also}."
+    return f"Mean over {seeds(counts)}, of {decided}; {word}: ± the sample standard deviation over them{also}."
+
+
+def constants(metrics: Mapping[str, float]) -> str:
+    """A sentence on the metrics that have one value only, which is here; empty of none."""
+    found = [f"{METRICS[metric].title} is {number(metric, value)}" for metric, value in metrics.items()]
+    return f"Not drawn, for it is the same throughout: {listed(found)}." if found else ""
+
+
+def curve_choices(choices: Sequence[Mapping]) -> str:
+    """How models were measured while they trained, as a sentence; empty where it is not known.
+
+    Args:
+        choices: settings of each run's evaluations.
+    """
+    forms = {"num_images": "{:,} images", "num_inference_steps": "{:,} steps", "guidance_scale": "guidance scale {:g}"}
+    found = []
+    for name, form in forms.items():
+        told = {each[name] for each in choices if each.get(name) is not None}
+        if len(told) == 1:
+            found.append(form.format(*told))
+        elif told:
+            found.append(f"{name} that differ between runs")
+    return f"Measured with {', '.join(found)}: compare among these curves, not with final models." if found else ""
 
 
 def note(counts: Collection[int], scale: float | None = None) -> str:
@@ -126,6 +145,7 @@ def pair_numbers(metric: str, pairs: Sequence[Pair]) -> str:
 def difference_numbers(metric: str, differences: Sequence[Difference], titles: Mapping[str, str]) -> str:
     def said(each: Difference) -> str:
         interval = f" [{number(metric, each.low)}, {number(metric, each.high)}]" if each.low == each.low else ""
-        return f"{titles[each.cell]} {number(metric, each.mean)}{interval}"
+        verdict = f", {each.verdict}" if each.verdict else ""
+        return f"{titles[each.cell]} {number(metric, each.mean)}{interval}{verdict}"
 
     return f"{METRICS[metric].title} minus clean's: {'; '.join(map(said, differences))}."

@@ -13,19 +13,25 @@ from pandas import DataFrame
 from PIL import Image
 
 from noisycond.evaluation.metrics import METRICS
+from noisycond.markdown import listed
 from noisycond.study import figure_data as data
 from noisycond.study import figure_words as words
-from noisycond.study.figure_data import Cells, Difference, Line, Point
+from noisycond.study import selection
+from noisycond.study.figure_data import Difference, Line, Pair, Point
 from noisycond.study.figure_drawing import (
     Axis,
     Dot,
     DotPanel,
     Panel,
+    Style,
+    cell_styles,
     draw_dots,
     draw_lines,
-    line_styles,
+    family_styles,
 )
+from noisycond.study.methods import Method
 from noisycond.study.montage import montage, png, write_picture
+from noisycond.study.selection import Cells
 
 
 if TYPE_CHECKING:
@@ -37,6 +43,12 @@ DIFFICULTY = ("rmd_top", "rmd_mean", "entropy")
 OVER_GUIDANCE = tuple(name for name in METRICS if name not in DIFFICULTY)
 GAMMA = ("fid", "recall", "entropy")
 COMPARED = ("fid", "inception_score", "precision", "recall")
+CONCLUSIVE = ("better", "worse", "higher", "lower")
+# Of files: what an earlier call may have left.
+NAMES = (
+    *("fid_is_over_eta", "metrics_over_guidance", "metrics_over_guidance_cep", "gamma_ablation", "regularizers"),
+    *("difficulty_and_entropy_over_guidance", "fixed_against_random", "fid_over_steps", "samples"),
+)
 
 
 @dataclass(frozen=True)
@@ -46,7 +58,7 @@ class Figure:
     Attributes:
         name: of the file, without its ending. path: of the PNG, of at most 200 KB.
         caption: what is shown, over how many seeds, what bars are, at which guidance scale.
-        alt: what is drawn, with the main numbers, in place of the picture.
+        alt: what is drawn, with the main numbers, in place of the picture. block: of its cells.
     """
 
     name: str
@@ -54,6 +66,7 @@ class Figure:
     caption: str
     path: Path
     alt: str
+    block: str = ""
 
 
 @dataclass(frozen=True)
@@ -62,23 +75,29 @@ class _Block:
 
     Attributes:
         cells: of different methods; left_out: the labels of the others.
-        final, steps: values after and during training. runs: those with pictures.
-        scale: the guidance scale of figures at one; at_scale: final values there.
+        modes: labels of cells that differ in the mode alone, fixed and random.
+        final, steps: values after and during training. compared: what `compare` says of the final ones.
+        runs: all of them. scale: the guidance scale of figures at one; at_scale: final values there.
+        decided: what a seed decides. styles: of the study's cells, by title.
     """
 
     name: str
     cells: Cells
     left_out: Sequence[str]
+    modes: Sequence[tuple[str, str]]
     final: DataFrame
     steps: DataFrame
+    compared: DataFrame
     scale: float | None
     at_scale: DataFrame
     runs: Sequence[dict]
+    decided: str
+    styles: Mapping[str, Style]
     folder: Path
 
     @property
     def clean(self) -> Cells:
-        return data.clean_of(self.cells)
+        return selection.clean_of(self.cells)
 
     def point(self, cell: str | None, metric: str) -> Point | None:
         return data.point(self.at_scale, cell, metric)
@@ -87,28 +106,37 @@ class _Block:
         found = {self.cells[cell].title: self.point(cell, metric) for cell in self.clean}
         return {title: level for title, level in found.items() if level}
 
+    def bars(self, counts: set[int], **more: str) -> str:
+        return words.bars(counts, self.decided, **more)
+
     def figure(self, name: str, title: str, caption: Sequence[str], alt: str) -> Figure:
         """The words of a figure, of sentences; what is drawn goes to its path."""
-        file = f"{name}-{re.sub(r'[^A-Za-z0-9_.-]+', '-', self.name)}" if self.name else name
+        file = _file(name, self.name)
         if self.left_out:
             caption = [
                 *caption,
                 f"Cells of a method that another one shows are not drawn: {', '.join(self.left_out)}.",
             ]
         title = f"{title}: {self.name}" if self.name else title
-        return Figure(file, title, " ".join(filter(None, caption)), self.folder / f"{file}.png", alt)
+        return Figure(file, title, " ".join(filter(None, caption)), self.folder / f"{file}.png", alt, self.name)
 
 
-def draw_figures(results: "Results", folder: str | Path) -> list[Figure]:
-    """Draws what a study has the data for, block by block, to PNG files; the rest is left out.
+def draw_figures(results: "Results", summary: DataFrame, folder: str | Path) -> list[Figure]:
+    """Draws what a study has the data for, block by block, to PNG files; the rest is left out, and removed where an
+    earlier call drew it.
 
     Args:
-        results: those of `noisycond.study.results`. folder: made where it is not there.
+        results: those of `noisycond.study.results`. summary: what `noisycond.study.statistics.compare` says of their
+            values. folder: made where it is not there.
 
     Returns:
         The figures in the order of a report. The same results make files of the same bytes.
     """
-    blocks = [_block(results, name, Path(folder)) for name in results.study.blocks]
+    folder, styles = (
+        Path(folder),
+        cell_styles({_title(cell.label, cell.method): cell.method for cell in results.study.cells}),
+    )
+    blocks = [_block(results, summary, name, styles, folder) for name in results.study.blocks]
     kinds = (
         _over_eta,
         _corruption_over_guidance,
@@ -120,22 +148,57 @@ def draw_figures(results: "Results", folder: str | Path) -> list[Figure]:
         _over_steps,
         _samples,
     )
-    return [figure for draw in kinds for block in blocks for figure in draw(block)]
+    figures = [figure for draw in kinds for block in blocks for figure in draw(block)]
+    drawn = {figure.path for figure in figures}
+    names = [*NAMES, *(f"{name}_{cell.method.type}" for name in NAMES for cell in results.study.cells)]
+    for path in {folder / f"{_file(name, block)}.png" for name in names for block in results.study.blocks} - drawn:
+        path.unlink(missing_ok=True)
+    return figures
 
 
-def _block(results: "Results", name: str, folder: Path) -> _Block:
+def _file(name: str, block: str) -> str:
+    """What a figure's file is called, without its ending."""
+    return f"{name}-{re.sub(r'[^A-Za-z0-9_.-]+', '-', block)}" if block else name
+
+
+def _title(cell: str, method: Method) -> str:
+    """What a cell is called in figures: mixed methods by their labels."""
+    return cell if method.kind == "mixed" else method.title
+
+
+def _block(results: "Results", summary: DataFrame, name: str, styles: Mapping[str, Style], folder: Path) -> _Block:
     values = results.values[results.values["block"] == name]
     values = values[np.isfinite(values["value"].astype(float))]
-    runs = [run for run in results.runs if run["block"] == name and run["samples"] and Path(run["samples"]).is_file()]
-    there = {*values["cell"], *(run["cell"] for run in runs)}
+    runs = [run for run in results.runs if run["block"] == name]
+    there = {*values["cell"], *(run["cell"] for run in runs if _has_picture(run))}
     named = [(cell.label, cell.method) for cell in results.study.cells if cell.block == name and cell.label in there]
     final, steps = data.final(values), values[values["step"].notna()]
+    compared = summary[(summary["block"] == name) & summary["step"].isna()]
     scale = data.one_scale(final, results.study.report_guidance_scale)
-    return _Block(name, *data.distinct(named), final, steps, scale, data.at_scale(final, scale), runs, folder)
+    cells, left_out = data.distinct(named)
+    return _Block(
+        name,
+        cells,
+        left_out,
+        [pair for pair in selection.pairs_of_modes(named) if cells.keys() >= set(pair)],
+        final,
+        steps,
+        compared,
+        scale,
+        data.at_scale(final, scale),
+        runs,
+        selection.seeds_decide(results.study),
+        styles,
+        folder,
+    )
+
+
+def _has_picture(run: Mapping) -> bool:
+    return bool(run["samples"]) and Path(run["samples"]).is_file()
 
 
 def _over_eta(block: _Block) -> Iterator[Figure]:
-    panels = _with_lines(
+    panels, constant = _with_lines(
         QUALITY, lambda name: data.lines_over_eta(block.at_scale, block.cells, name), block.clean_level
     )
     if not panels:
@@ -143,19 +206,22 @@ def _over_eta(block: _Block) -> Iterator[Figure]:
     lines = _lines(panels)
     counts, what = words.counts(lines), words.titles(panels)
     dashed = "Dashed: the clean model's mean" + (", its spread as a band." if max(counts) > 1 else ".")
+    from_clean = "; η = 0 is clean" if any(point.x == 0 for line in lines for point in line.points) else ""
     where = words.at_scale(block.scale)
     figure = block.figure(
         "fid_is_over_eta",
         f"{what} over the corruption ratio",
         [
-            f"{what}{where} over the corruption ratio η, a line for each type and mode of corruption; η = 0 is clean.",
-            words.bars(counts, small="small points: the single seeds"),
+            f"{what}{where} over the corruption ratio η, a line for each type and mode of corruption{from_clean}.",
+            block.bars(counts, small="small points: the single seeds"),
             dashed if any(panel.levels for panel in panels.values()) else "",
+            constant,
         ],
         words.all_numbers(panels, "η = {:g} %"),
     )
     axis, note = Axis("corruption ratio η [%]"), words.note(counts, block.scale)
-    draw_lines([list(panels.values())], axis, line_styles(lines), note, figure.path, single_seeds=True)
+    styles = family_styles(lines) | {title: block.styles[title] for title in _levels(panels)}
+    draw_lines([list(panels.values())], axis, styles, note, figure.path, single_seeds=True)
     yield figure
 
 
@@ -170,9 +236,11 @@ def _difficulty_over_guidance(block: _Block) -> Iterator[Figure]:
 
 def _corruptions_over_guidance(block: _Block, metrics: Sequence[str], name: str, title: str) -> Iterator[Figure]:
     """A figure for each type of corruption, in its main mode."""
-    for number, (how, family) in enumerate(data.of_main_mode(block.cells, "corruption").items()):
+    families = data.of_main_mode(block.cells, "corruption")
+    for number, (how, family) in enumerate(families.items()):
         own = f"_{how.type}" if number else ""
-        yield from _over_guidance(block, family, metrics, name + own, title, f"for each η of {words.of(how)}")
+        titled = f"{title}, {how.type} corruption" if len(families) > 1 else title
+        yield from _over_guidance(block, family, metrics, name + own, titled, f"for each η of {words.of(how)}")
 
 
 def _cep_over_guidance(block: _Block) -> Iterator[Figure]:
@@ -188,7 +256,9 @@ def _over_guidance(
 ) -> Iterator[Figure]:
     """A panel for each metric, with a line for each cell of a family and for clean."""
     cells = block.clean | family
-    panels = _with_lines(metrics, lambda name: data.lines_of_cells(block.final, cells, name, "guidance_scale"))
+    panels, constant = _with_lines(
+        metrics, lambda name: data.lines_of_cells(block.final, cells, name, "guidance_scale")
+    )
     lines = _lines(panels)
     if not _beyond_clean(lines):
         return
@@ -197,22 +267,22 @@ def _over_guidance(
         name,
         title,
         [
-            f"{words.titles(panels)} over the guidance scale: a line {what}, and the clean model in black.",
-            words.bars(counts),
+            f"{words.titles(panels)} over the guidance scale: a line {what}{_and_clean(lines)}.",
+            block.bars(counts),
             "Points stand a little beside their guidance scale, so that bars do not hide each other."
             if max(counts) > 1
             else "",
+            constant,
         ],
         f"Panels of {words.titles(panels)}. {words.best_numbers(first, panels[first].lines, 'guidance')}",
     )
     rows = _in_rows(list(panels.values()), 3)
-    draw_lines(rows, Axis("guidance scale"), line_styles(lines), words.note(counts), figure.path)
+    draw_lines(rows, Axis("guidance scale"), block.styles, words.note(counts), figure.path)
     yield figure
 
 
 def _gamma_ablation(block: _Block) -> Iterator[Figure]:
-    how, corrupted = next(iter(data.families(block.cells, "corruption").items()), (None, {}))
-    across = block.clean | corrupted
+    how, corrupted = next(iter(data.families(block.cells, "corruption").items()), (Method("corruption"), {}))
 
     def levels(metric: str) -> dict[str, Point]:
         # The spread of so many levels would hide all else: clean's alone is drawn.
@@ -220,25 +290,34 @@ def _gamma_ablation(block: _Block) -> Iterator[Figure]:
         means = {title: Point(level.x, (level.mean,)) for title, level in found.items() if level}
         return block.clean_level(metric) | means
 
-    panels = _with_lines(GAMMA, lambda name: data.lines_over_gamma(block.at_scale, block.cells, name), levels)
+    panels, constant = _with_lines(
+        GAMMA, lambda name: data.lines_over_gamma(block.at_scale, block.cells, name), levels
+    )
     lines = _lines(panels)
     gammas = {point.x for line in lines for point in line.points}
     if len(gammas) < 2:
         return
     counts, what = words.counts(lines), words.titles(panels)
-    against = words.listed(["clean"] * bool(block.clean) + ([f"each η of {words.of(how)}"] if how else []))
+    across = _levels(panels)
+    against = ["clean"] * ("clean" in across) + [f"each η of {words.of(how)}"] * (len(across) > ("clean" in across))
+    small = "of clean a band" * ("clean" in across) + ", of η the mean alone" * (len(across) > 1)
+    types = {line.method.type for line in lines}
     modes, first = words.mode_of(line.method for line in lines), dict([next(iter(panels.items()))])
     figure = block.figure(
         "gamma_ablation",
         "Strength of condition embedding perturbation",
         [
             f"{what}{words.at_scale(block.scale)} over γ of CEP{modes}.",
-            f"Across: {against}." if across else "",
-            words.bars(counts, small="of clean a band, of η the mean alone" if corrupted else "of clean a band"),
+            f"Across: {listed(against)}." if against else "",
+            block.bars(counts, small=small),
+            "At equal γ the standard deviation of CEP-G's perturbation is √3 times that of CEP-U's."
+            if types >= {"uniform", "gaussian"}
+            else "",
+            constant,
         ],
         f"{words.all_numbers(first, 'γ = {:g}')} {words.level_numbers(first)}",
     )
-    styles = line_styles([*lines, *(Line(method.title, method, ()) for method in across.values())])
+    styles = family_styles(lines) | {title: block.styles[title] for title in across}
     axis = Axis("γ", log=max(gammas) >= 8 * min(gammas))
     note = words.note(counts, block.scale)
     draw_lines([list(panels.values())], axis, styles, note, figure.path)
@@ -246,55 +325,61 @@ def _gamma_ablation(block: _Block) -> Iterator[Figure]:
 
 
 def _regularizers(block: _Block) -> Iterator[Figure]:
-    from noisycond.study.statistics import compare
-
     titles = data.regularizers(block.at_scale, block.cells)
-    values = block.at_scale[block.at_scale["cell"].isin([*titles, *block.clean])]
-    if not block.clean or len(titles) < 2 or values.empty:
-        return
-    compared = compare(values)
+    compared = data.at_scale(block.compared, block.scale)
     found = {name: data.differences(compared, list(titles), name) for name in COMPARED}
-    found = {name: each for name, each in found.items() if each}
+    equal = [name for name, each in found.items() if each and not any(one.mean or one.low == one.low for one in each)]
+    found = {name: each for name, each in found.items() if each and name not in equal}
     shown = {each.cell for differences in found.values() for each in differences}
     cells = [cell for cell in titles if cell in shown]
     if len(cells) < 2:
         return
     pairs = {each.pairs for differences in found.values() for each in differences}
-    bars = "bars: 95 % t intervals, paired over seeds; filled points where they leave out 0, hollow ones where not"
-    chosen = (
-        "The η of the best FID was chosen by these same runs." if any("best" in titles[cell] for cell in cells) else ""
-    )
     first, where = next(iter(found)), words.at_scale(block.scale)
     figure = block.figure(
         "regularizers",
         "Regularizers against clean",
         [
             f"{words.titles(found)} of each method minus those of the clean model{where}: mean over "
-            f"{words.seeds(pairs)} of training" + (f", {bars}." if max(pairs) > 1 else ", without intervals."),
-            "The arrow points to the better side.",
-            chosen,
+            f"{words.seeds(pairs)}, of {block.decided}"
+            + (
+                ", bars: 95 % t intervals, paired by seed, each by itself."
+                if max(pairs) > 1
+                else ", without intervals."
+            ),
+            "Points are filled where the tables mark a difference, by p adjusted over all cells and guidance scales, "
+            "and hollow where it is inconclusive."
+            if max(pairs) > 1
+            else "",
+            "The arrow points to the better side; dashed: no difference.",
+            f"Not drawn, for none differs from clean: {words.titles(equal)}." if equal else "",
         ],
         words.difference_numbers(first, found[first], titles),
     )
     panels = []
     for name, differences in found.items():
-        dots = {each.cell: _dot_of_difference(each) for each in differences}
-        rows = {"difference to clean": [dots.get(cell) for cell in cells]}
+        dots = {
+            each.cell: _dot_of_difference(each, block.styles[block.cells[each.cell].title]) for each in differences
+        }
+        rows = {"difference from clean": [dots.get(cell) for cell in cells]}
         panels.append(DotPanel(f"Δ {words.heading(name)}", rows, Point(0.0, (0.0,))))
     interval = "mean difference, 95 % t interval over " if max(pairs) > 1 else ""
-    note = f"{interval}{words.seeds(pairs)}{words.at_scale(block.scale).replace(' at', ',')}"
+    note = f"{interval}{words.seeds(pairs)}{where.replace(' at', ',')}"
     draw_dots(panels, [titles[cell] for cell in cells], note, figure.path)
     yield figure
 
 
 def _fixed_against_random(block: _Block) -> Iterator[Figure]:
-    pairs = {name: data.pairs_of_modes(block.at_scale, block.cells, name) for name in COMPARED}
+    pairs = {name: data.points_of_modes(block.at_scale, block.cells, block.modes, name) for name in COMPARED}
     pairs = {name: found for name, found in pairs.items() if found}
+    constant = {name: value for name, found in pairs.items() if (value := _only_value(found)) is not None}
+    pairs = {name: found for name, found in pairs.items() if name not in constant}
     if not pairs:
         return
     titles = list(dict.fromkeys(pair.title for found in pairs.values() for pair in found))
     counts = {len(each.values) for found in pairs.values() for pair in found for each in (pair.fixed, pair.random)}
     first = next(iter(pairs))
+    levels = {name: next(iter(block.clean_level(name).values()), None) for name in pairs}
     dashed = "Dashed: the clean model" + (", its spread as a band." if max(counts) > 1 else ".")
     figure = block.figure(
         "fixed_against_random",
@@ -302,8 +387,10 @@ def _fixed_against_random(block: _Block) -> Iterator[Figure]:
         [
             f"{words.titles(pairs)}{words.at_scale(block.scale)} of what was run in both modes: an example is "
             "corrupted or perturbed in the same way in every epoch (fixed), or anew (random).",
-            words.bars(counts, small="small points: the single seeds"),
-            dashed if block.clean_level(first) else "",
+            block.bars(counts, small="small points: the single seeds"),
+            "Differences random − fixed, paired by seed, stand in the table." if max(counts) > 1 else "",
+            dashed if any(levels.values()) else "",
+            words.constants(constant),
         ],
         words.pair_numbers(first, pairs[first]),
     )
@@ -315,7 +402,7 @@ def _fixed_against_random(block: _Block) -> Iterator[Figure]:
             "fixed": [pair and _dot(pair.fixed) for pair in rows],
             "random": [pair and _dot(pair.random) for pair in rows],
         }
-        panels.append(DotPanel(words.heading(name), dots, next(iter(block.clean_level(name).values()), None)))
+        panels.append(DotPanel(words.heading(name), dots, levels[name]))
     draw_dots(panels, titles, words.note(counts, block.scale), figure.path)
     yield figure
 
@@ -324,12 +411,13 @@ def _over_steps(block: _Block) -> Iterator[Figure]:
     scale = data.one_scale(block.steps, block.scale)
     values = data.at_scale(block.steps, scale)
     metrics = data.metrics_in(values, block.cells, list(dict.fromkeys([*QUALITY, *METRICS])))[:2]
-    rows = []
+    rows, constants = [], set()
     lined = {cell for metric in metrics for cell in block.cells if data.points_over(values, cell, metric, "step")[1:]}
     for group in data.groups({cell: method for cell, method in block.cells.items() if cell in lined}):
-        panels = _with_lines(
+        panels, constant = _with_lines(
             metrics, lambda name, shown=block.clean | group: data.lines_of_cells(values, shown, name, "step")
         )
+        constants.add(constant)
         if _beyond_clean(_lines(panels)):
             rows.append(panels)
     if not rows:
@@ -341,23 +429,23 @@ def _over_steps(block: _Block) -> Iterator[Figure]:
         "fid_over_steps",
         f"{what} during training",
         [
-            f"{what}{words.at_scale(scale)} over the optimizer steps, a line for each cell; the clean model in black"
-            + (" in every row." if len(rows) > 1 else "."),
-            words.bars(counts, word="bands"),
+            f"{what}{words.at_scale(scale)} over the optimizer steps, a line for each cell{_and_clean(lines)}"
+            + (" in every row." if len(rows) > 1 and _and_clean(lines) else "."),
+            block.bars(counts, word="bands"),
+            words.curve_choices([run.get("curve_choices", {}) for run in block.runs]),
+            *sorted(constants),
         ],
         words.last_numbers(metrics[0], list(of_first.values())),
     )
     panels = [list(row.values()) for row in rows]
     options = {"bands": True, "legend_per_row": True}
     note = words.note(counts, scale)
-    draw_lines(
-        panels, Axis("optimizer step", ticks=False, wide=True), line_styles(lines), note, figure.path, **options
-    )
+    draw_lines(panels, Axis("optimizer step", ticks=False, wide=True), block.styles, note, figure.path, **options)
     yield figure
 
 
 def _samples(block: _Block) -> Iterator[Figure]:
-    runs = data.sample_runs(block.runs, block.cells)
+    runs = data.sample_runs([run for run in block.runs if _has_picture(run)], block.cells)
     if not runs:
         return
     titles = [block.cells[run["cell"]].title for run in runs]
@@ -371,20 +459,50 @@ def _samples(block: _Block) -> Iterator[Figure]:
         "samples",
         "Samples",
         [
-            f"Samples of {words.listed(titles)}{words.at_scale(block.scale)}, all trained with seed "
+            f"Samples of {listed(titles)}{words.at_scale(block.scale)}, all of seed "
             f"{runs[0]['seed']}; the same place in each is the same condition and the same starting noise.",
             size,
         ],
-        f"Samples of {words.listed(titles)}, beside one another.",
+        f"Samples of {listed(titles)}, beside one another.",
     )
     write_picture(png(whole), figure.path)
     yield figure
 
 
-def _with_lines(metrics: Sequence[str], lines_of, levels_of=lambda metric: {}) -> dict[str, Panel]:
-    """A panel for each metric that has a line."""
+def _with_lines(metrics: Sequence[str], lines_of, levels_of=lambda metric: {}) -> tuple[dict[str, Panel], str]:
+    """A panel for each metric that has a line and varies, and a sentence on those that do not vary."""
     found = {metric: lines_of(metric) for metric in metrics}
-    return {metric: Panel(words.heading(metric), lines, levels_of(metric)) for metric, lines in found.items() if lines}
+    panels = {
+        metric: Panel(words.heading(metric), lines, levels_of(metric)) for metric, lines in found.items() if lines
+    }
+    constant = {metric: value for metric, panel in panels.items() if (value := _constant(panel)) is not None}
+    return {name: panel for name, panel in panels.items() if name not in constant}, words.constants(constant)
+
+
+def _constant(panel: Panel) -> float | None:
+    """The value of a panel that has no other at two points or more."""
+    points = [point for line in panel.lines for point in line.points]
+    return _only([*points, *panel.levels.values()]) if len(points) > 1 else None
+
+
+def _only_value(pairs: Sequence[Pair]) -> float | None:
+    return _only([point for pair in pairs for point in (pair.fixed, pair.random)])
+
+
+def _only(points: Sequence[Point]) -> float | None:
+    """The one value of all seeds of all points, where there is only one."""
+    values = {value for point in points for value in point.values}
+    return values.pop() if len(values) == 1 else None
+
+
+def _levels(panels: Mapping[str, Panel]) -> list[str]:
+    """The titles of what is drawn across."""
+    return list(dict.fromkeys(title for panel in panels.values() for title in panel.levels))
+
+
+def _and_clean(lines: Sequence[Line]) -> str:
+    """Words on the clean line, where there is one."""
+    return ", and the clean model in black" if any(line.method.kind == "clean" for line in lines) else ""
 
 
 def _lines(panels: Mapping[str, Panel]) -> list[Line]:
@@ -406,7 +524,9 @@ def _dot(point: Point) -> Dot:
     return Dot(point.mean, point.spread, point.spread, seeds)
 
 
-def _dot_of_difference(each: Difference) -> Dot:
+def _dot_of_difference(each: Difference, style: Style) -> Dot:
+    """Filled where the tables mark it."""
+    look = {"filled": each.verdict in CONCLUSIVE, "colour": style["color"]}
     if math.isnan(each.low):
-        return Dot(each.mean, filled=False)
-    return Dot(each.mean, each.mean - each.low, each.high - each.mean, filled=each.low > 0 or each.high < 0)
+        return Dot(each.mean, **look)
+    return Dot(each.mean, each.mean - each.low, each.high - each.mean, **look)

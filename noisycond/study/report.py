@@ -13,6 +13,7 @@ from io import BytesIO
 from pathlib import Path
 
 import jinja2
+from markupsafe import Markup, escape
 from PIL import Image
 
 from noisycond.errors import writing
@@ -23,8 +24,9 @@ from noisycond.run_folder import write_atomically
 from noisycond.study.definition import Stage, StudyCell
 from noisycond.study.figures import Figure
 from noisycond.study.results import Results
+from noisycond.study.selection import seeds_decide
 from noisycond.study.statistics import LEVEL
-from noisycond.study.tables import FAILED, LEGEND, MARKS, Table, run_table
+from noisycond.study.tables import LEGEND, MARKS, Table, ranges, run_table
 
 
 VERDICTS = {
@@ -33,6 +35,7 @@ VERDICTS = {
     "higher": "higher, where neither way is better",
     "lower": "lower, where neither way is better",
     "inconclusive": "inconclusive",
+    "equal": "no difference with any seed",
 }
 LONG = 40  # characters of a text that may take several lines
 OPEN_RUNS = 30  # a list of more runs is folded
@@ -58,7 +61,7 @@ def write_report(results: Results, tables: Sequence[Table], figures: Sequence[Fi
     """
     path = Path(path)
     study, failed = results.study, run_table(results)
-    tables = [table for table in tables if table.title != FAILED]
+    tables = [table for table in tables if table.kind != "runs"]
     page = _TEMPLATES.get_template("report.html.jinja").render(
         title=study.title,
         facts=_facts(results),
@@ -66,7 +69,7 @@ def write_report(results: Results, tables: Sequence[Table], figures: Sequence[Fi
         many_blocks=len(study.blocks) > 1,
         health=_health(results),
         figures=[_shown_figure(figure, anchor) for figure, anchor in _anchored(figures, "figure", "name")],
-        tables=[_shown_table(table, anchor) for table, anchor in _anchored(tables, "table", "title")],
+        tables=_sheets(tables),
         failed=None if failed is None else _shown_table(failed, "failed"),
         legend=LEGEND[0],
         marks=MARKS,
@@ -74,10 +77,12 @@ def write_report(results: Results, tables: Sequence[Table], figures: Sequence[Fi
         level=LEVEL,
         runs=_runs(results.runs),
         choices=_merged([run["image_choices"] for run in results.runs if run.get("image_choices")]),
+        while_training=_merged([run["curve_choices"] for run in results.runs if run.get("curve_choices")]),
         environment=_merged([run["environment"] for run in results.runs if run.get("environment")]),
         definition=_text_of(study.path),
-        path=_as_typed(study.path),
+        command=results.command(),
         seeds=len(study.seeds),
+        decided=seeds_decide(study),
     )
     with writing(str(path), "the report"):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -88,8 +93,9 @@ def write_report(results: Results, tables: Sequence[Table], figures: Sequence[Fi
 def _facts(results: Results) -> list[dict]:
     """What the study is: headings with lines, of which some are commands."""
     study, values = results.study, results.values
+    final = values[values["step"].isna()]
     blocks = f", in {len(study.blocks)} blocks: {'; '.join(study.blocks)}" if len(study.blocks) > 1 else ""
-    scales = sorted(values["guidance_scale"].dropna().unique())
+    scales = sorted(final["guidance_scale"].dropna().unique())
     steps = sorted(values["step"].dropna().unique())
     at_one = study.report_guidance_scale
     guidance = [", ".join(f"{scale:g}" for scale in scales)]
@@ -99,7 +105,7 @@ def _facts(results: Results) -> list[dict]:
     metrics = ", ".join(_unbroken(metric.heading) for name, metric in METRICS.items() if name in found)
     facts = [
         ("Cells", [f"{len(study.cells)}{blocks}"], False),
-        ("Seeds of training", [", ".join(map(str, study.seeds))], False),
+        ("Seeds", [f"{ranges(study.seeds)}, of {seeds_decide(study)}"], False),
         ("Training", _trainings(study.cells), True),
         ("Evaluation", [_command(study.evaluation)], True),
         ("Guidance scales", guidance, False),
@@ -164,7 +170,7 @@ def _health(results: Results) -> dict:
     """How many runs there are of each kind, and what they took. A run that was never tried is missing."""
     study, found = results.study, Counter(run["status"] for run in results.runs)
     asked = max(len(study.cells) * len(study.seeds), len(results.runs))
-    seconds = sum(_seconds(run) for run in results.runs)
+    seconds = sum({key: took for run in results.runs for key, took in _steps(run).items()}.values())
     return {
         "asked": asked,
         "done": found["done"],
@@ -176,6 +182,17 @@ def _health(results: Results) -> dict:
 
 def _seconds(run: Mapping) -> float:
     return sum((run.get("seconds") or {}).values())
+
+
+def _steps(run: Mapping) -> dict[tuple | str, float]:
+    """The seconds of each step by its command, which is the same of a training that several runs share."""
+    commands = {
+        found.group(): command
+        for command in run.get("commands") or []
+        if (found := re.search(r"\w+(?=\.py\b)", command)) is not None
+    }
+    own = (run["block"], run["cell"], run["seed"])
+    return {commands.get(script, (*own, script)): seconds for script, seconds in (run.get("seconds") or {}).items()}
 
 
 def _duration(seconds: float) -> str:
@@ -190,9 +207,13 @@ def _anchored(entries: Sequence, kind: str, name: str) -> Iterator[tuple]:
     """Each entry with an id of its own in the page, made of its name."""
     seen: Counter = Counter()
     for entry in entries:
-        slug = re.sub(r"[^a-z0-9]+", "-", getattr(entry, name).lower()).strip("-") or "untitled"
+        slug = _slug(getattr(entry, name))
         seen[slug] += 1
         yield entry, f"{kind}-{slug}" + (f"--{seen[slug]}" if seen[slug] > 1 else "")
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-") or "untitled"
 
 
 def _shown_figure(figure: Figure, anchor: str) -> dict:
@@ -219,11 +240,24 @@ def _shown_table(table: Table, anchor: str) -> dict:
         "head": table.head,
         "kinds": [_kind(column, n in table.left) for n, column in enumerate(columns)],
         "marked": [any(line[n] for line in table.marks) for n in range(len(table.head))],
+        "sortable": table.kind != "modes",  # its lines belong together in threes
         "lines": [
             list(zip([_unbroken(line[0]), *line[1:]], marks, strict=True))
             for line, marks in zip(table.lines, table.marks, strict=True)
         ],
     }
+
+
+def _sheets(tables: Sequence[Table]) -> list[dict]:
+    """The tables as the page holds them: each by itself, or those of a guidance scale folded in one."""
+    shown = [(table, _shown_table(table, anchor)) for table, anchor in _anchored(tables, "table", "title")]
+    sheets: dict[str, dict] = {}
+    for table, content in shown:
+        fold = table.folded and table.folded + (f" ({table.block})" if table.block else "")
+        anchor = "fold-" + _slug(fold) if fold else content["anchor"]
+        sheet = sheets.setdefault(anchor, {"anchor": anchor, "title": fold or table.title, "fold": fold, "tables": []})
+        sheet["tables"].append(content)
+    return list(sheets.values())
 
 
 def _kind(column: Sequence[str], is_text: bool) -> str:
@@ -300,8 +334,13 @@ def _text_of(path: str | Path) -> str:
         return ""
 
 
-def _as_typed(path: str | Path) -> str:
-    """The study's file for a command line: relative where it lies below the current folder."""
-    path = Path(path)
-    below = path.is_absolute() and path.is_relative_to(Path.cwd())
-    return shlex.quote(str(path.relative_to(Path.cwd()) if below else path))
+def _by_words(command: str) -> Markup:
+    """A command that is broken between its words, and within them only where one is longer than a line."""
+    pieces = (
+        Markup("<span>{}</span>").format(word) if "-" in word or "/" in word else escape(word)
+        for word in re.split(r"(\s)", command)
+    )
+    return Markup("").join(pieces)
+
+
+_TEMPLATES.filters["by_words"] = _by_words

@@ -1,6 +1,8 @@
 """What came out of a study: a file per run, found by the content of its settings, and all of them as one table."""
 
 import math
+import os
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +12,7 @@ import pandas
 from noisycond.evaluation.metrics import METRICS
 from noisycond.study.definition import Study, StudyCell
 from noisycond.study.planning import NOT_IN_IDENTITY, Plan
+from noisycond.study.reading import STUDIES
 from noisycond.study.records import known_records, read_record
 
 
@@ -22,18 +25,43 @@ class Results:
     """All that is known of a study.
 
     Attributes:
-        runs: one per cell and seed, in the study's order; see studies/README.md for the keys. values: tidy, a line
-            per number, with [`COLUMNS`]: `step` is <NA> of the final model, and the training step of an evaluation
-            while it trained; several seeds of generation are averaged.
+        runs: one per cell and seed, in the study's order: block, cell, seed; status (`done`, `failed`, `missing`) and
+            reason; attempts, seconds, commands, environment, image_choices and curve_choices as in
+            [`noisycond.study.records.RunRecord`]; settings, the flags in which cells differ; samples, a path or None.
+        values: tidy, a line per number, with [`COLUMNS`]: `step` is <NA> of the final model, and the training step of
+            an evaluation while it trained; several seeds of generation are averaged. folder: of the records.
     """
 
     study: Study
     runs: list[dict]
     values: pandas.DataFrame
+    folder: Path
 
     @property
     def done(self) -> int:
         return sum(run["status"] == "done" for run in self.runs)
+
+    def command(self) -> str:
+        """What runs the study and writes this again, as a user types it in the folder of noisycond."""
+        words = ["python", "study.py", _as_typed(self.study.path)]
+        if os.path.abspath(self.folder) != os.path.abspath(usual_output_folder(self.study) / "results"):
+            words += ["--results_dir", _as_typed(self.folder)]
+        return shlex.join(words)
+
+
+def usual_output_folder(study: Study) -> Path:
+    """Where study.py writes a study's results where it is not told otherwise."""
+    return Path("runs") / "studies" / study.name
+
+
+def _as_typed(path: Path) -> str:
+    """Relative to the current folder where it lies below; a study or result of the checkout relative to that; else as
+    it was given."""
+    whole = Path(os.path.abspath(path))
+    for below, root in ((Path.cwd(), Path.cwd()), (STUDIES, STUDIES.parent)):
+        if whole.is_relative_to(below):
+            return str(whole.relative_to(root))
+    return str(path)
 
 
 def read_results(study: Study, plans: Sequence[Plan], folder: Path) -> Results:
@@ -69,7 +97,7 @@ def read_results(study: Study, plans: Sequence[Plan], folder: Path) -> Results:
         )
         if record.get("status") == "done":
             lines += _lines(cell, run.seed, record)
-    return Results(study, runs, _frame(lines))
+    return Results(study, runs, _frame(lines), folder)
 
 
 def _differing(cells: Sequence[StudyCell]) -> set[str]:

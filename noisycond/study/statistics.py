@@ -4,6 +4,7 @@ Letters: n seeds that both cells of a comparison have.
 """
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -12,6 +13,7 @@ from scipy import stats
 from noisycond.errors import InputError, require
 from noisycond.evaluation.metrics import metric_of
 from noisycond.study.methods import Method
+from noisycond.study.selection import pairs_of_modes
 
 
 CELL = ["block", "cell", "kind", "type", "mode", "strength", "title"]
@@ -54,8 +56,9 @@ def compare(values: pd.DataFrame) -> pd.DataFrame:
     not an absent one.
 
     p is adjusted after Benjamini and Hochberg (J. R. Stat. Soc. B 57, 1995) over all cells and guidance scales of one
-    block and metric: of the differences that are called one, at most 5 % are expected to be chance, if tests are
-    independent or, as those are that share their clean runs, positively dependent. Each metric is a family of its own.
+    block and metric: of the differences that are called one, about 5 % at most are expected to be chance. That is
+    exact for independent tests and for some that depend on each other positively; these here share their clean runs,
+    and images of one model at several guidance scales, so it is approximate. Each metric is a family of its own.
 
     What is special:
         - A value that is not finite (a metric that could not be computed) is left out with its seed, of that metric
@@ -63,8 +66,8 @@ def compare(values: pd.DataFrame) -> pd.DataFrame:
         - One seed: no spread, no test. A seed that one of the two cells lacks counts for the cell's mean, not for the
           difference. Fewer than two pairs, or no clean cell in the block: no interval, no p, verdict "".
         - All differences equal, which a coarse metric may be: the t statistic is not defined, and there is no
-          interval. If they are 0, p is 1; else it is NaN, does not enter the adjustment, and the verdict is
-          "inconclusive".
+          interval. If they are 0 (but for rounding, see EQUAL), p is 1 and the verdict "equal"; else p is NaN, does
+          not enter the adjustment, and the verdict is "inconclusive".
         - Evaluations during training (`step` is not NA) have differences and intervals, but no p and no verdict.
 
     Args:
@@ -76,7 +79,8 @@ def compare(values: pd.DataFrame) -> pd.DataFrame:
         `seeds` (finite values), `mean`, `spread` (sample standard deviation, NaN of one seed), and against clean
         `pairs` (n), `difference` (mean of cell - clean), `low`, `high` (95 % interval of the mean difference),
         `p`, `p_adjusted`, `verdict`: "better" or "worse" where p_adjusted < 0.05, "higher" or "lower" likewise of
-        metrics that neither way is better, "inconclusive", or "" where nothing is tested.
+        metrics that neither way is better, "inconclusive", "equal" where every difference is 0, or "" where nothing is
+        tested.
 
     Raises:
         InputError: a block with two clean cells, or two values of one cell, seed, guidance scale, step and metric.
@@ -109,16 +113,17 @@ def compare_modes(values: pd.DataFrame) -> pd.DataFrame:
     """
     values = _checked(values)
     values = values[values["step"].isna()]
-    alike = ["block", "kind", "type", "strength"]
-    cells = values[CELL].drop_duplicates()
-    cells = cells[cells["mode"].isin(["fixed", "random"])]
-    cells = cells[~cells.duplicated([*alike, "mode"], keep=False)]
-    fixed = cells[cells["mode"] == "fixed"].rename(columns={"cell": "reference"})[[*alike, "reference"]]
-    pairs = cells[cells["mode"] == "random"][[*alike, "cell"]].merge(fixed, on=alike)
-    pairs["title"] = [
-        Method(kind, type, strength=strength).title
-        for kind, type, strength in pairs[["kind", "type", "strength"]].itertuples(index=False, name=None)
-    ]
+    blocks: dict[str, list[tuple[str, Method]]] = {}
+    for block, cell, *method, _ in values[CELL].drop_duplicates().itertuples(index=False, name=None):
+        blocks.setdefault(block, []).append((cell, Method(*method)))
+    pairs = []
+    for block, cells in blocks.items():
+        methods = dict(cells)
+        for fixed, random in pairs_of_modes(cells):
+            how = replace(methods[random], mode="")
+            pairs.append((block, random, fixed, how.kind, how.type, how.strength, how.title))
+    names = ["block", "cell", "reference", "kind", "type", "strength", "title"]
+    pairs = pd.DataFrame(pairs, columns=names).astype({"strength": "float64"})
     found = _differences(values, pairs[["block", "cell", "reference"]])
     found = pairs.merge(found, on=["block", "cell", "reference"]).drop(columns="step")
     found = _judged(found).rename(columns={"cell": "random", "reference": "fixed"})
@@ -153,7 +158,7 @@ def _differences(values: pd.DataFrame, pairs: pd.DataFrame) -> pd.DataFrame:
 
     Returns:
         A line per pair of cells, guidance scale, step and metric that both have: `block`, `cell`, `reference`, WHERE,
-        `pairs`, `difference`, `low`, `high`, `p`.
+        `pairs`, `difference`, `low`, `high`, `p`, `equal` (all differences are 0, but for rounding).
     """
     ours = values[["block", "cell", "seed", *WHERE, "value"]]
     theirs = ours.rename(columns={"cell": "reference", "value": "against"})
@@ -175,23 +180,27 @@ def _differences(values: pd.DataFrame, pairs: pd.DataFrame) -> pd.DataFrame:
     error = np.where(tested, spread, np.nan) / np.sqrt(n)
     half = stats.t.ppf(1 - LEVEL / 2, n - 1) * error
     p = 2 * stats.t.sf(np.abs(difference) / error, n - 1)
-    p = np.where(equal & (np.abs(difference) <= rounding), 1.0, p)
-    return found.drop(columns=["spread", "size"]).assign(low=difference - half, high=difference + half, p=p)
+    zero = equal & (np.abs(difference) <= rounding)
+    found = found.drop(columns=["spread", "size"])
+    return found.assign(low=difference - half, high=difference + half, p=np.where(zero, 1.0, p), equal=zero)
 
 
 def _judged(found: pd.DataFrame) -> pd.DataFrame:
-    """With `p_adjusted`, over the finite p of a block and metric, and `verdict`."""
+    """With `p_adjusted`, over the finite p of a block and metric, and `verdict` in place of `equal`."""
     found["p_adjusted"] = np.nan
     for _, p in found[found["p"].notna()].groupby(["block", "metric"], sort=False)["p"]:
         found.loc[p.index, "p_adjusted"] = stats.false_discovery_control(p.to_numpy())
     final = found["step"].isna() if "step" in found else pd.Series(True, found.index)
-    columns = zip(found["metric"], found["difference"], found["p_adjusted"], strict=True)
+    equal = found.pop("equal").eq(True)  # NaN where there is no pair
+    columns = zip(found["metric"], found["difference"], found["p_adjusted"], equal, strict=True)
     verdicts = [_verdict(*line) for line in columns]
     found["verdict"] = pd.Series(verdicts, found.index, dtype=object).where((found["pairs"] > 1) & final, "")
     return found
 
 
-def _verdict(metric: str, difference: float, p_adjusted: float) -> str:
+def _verdict(metric: str, difference: float, p_adjusted: float, equal: bool) -> str:
+    if equal:
+        return "equal"
     if not p_adjusted < LEVEL:
         return "inconclusive"
     way, better = ("higher" if difference > 0 else "lower"), metric_of(metric).better

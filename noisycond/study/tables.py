@@ -3,38 +3,46 @@
 Words: a *place* is a guidance scale of final models, None where there is none."""
 
 import math
+import os
 import re
-import shlex
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
 import pandas as pd
 
 from noisycond.errors import writing
 from noisycond.evaluation.metrics import METRICS, metric_of
-from noisycond.markdown import INCONCLUSIVE, MISSING, WIDE, escaped, markdown_table
+from noisycond.markdown import INCONCLUSIVE, MISSING, WIDE, escaped, listed, markdown_table
 from noisycond.run_folder import write_atomically
-from noisycond.study.statistics import CELL, compare, compare_modes
+from noisycond.study import selection
+from noisycond.study.statistics import compare_modes
+
+
+if TYPE_CHECKING:
+    from noisycond.study.figures import Figure
 
 
 MARKS = {
-    "better": "▲",
-    "worse": "▼",
+    "better": "✓",
+    "worse": "✗",
     "higher": "△",
     "lower": "▽",
     "inconclusive": INCONCLUSIVE,
+    "equal": "=",
     "": "",
 }
 # What every table of means is read by.
 LEGEND = (
-    "n: the seeds of training that a mean is over, where a number does not name its own. ±: their sample standard "
+    "n: the seeds that a mean is over, where a number does not name its own. ±: their sample standard "
     f"deviation. {MISSING}: no value. An arrow in a heading points to the better values.",
-    "▲ better, ▼ worse than clean; △ higher, ▽ lower than clean, of metrics that neither way is better by itself; "
-    "≈ inconclusive: at this number of seeds the difference may be chance, which is not to say that there is none. "
-    "No mark: not compared (clean itself, or fewer than two seeds in common with it).",
-    "A difference is paired by seed and marked where p < 0.05: two-sided paired t test, p adjusted after Benjamini "
-    "and Hochberg over all settings and guidance scales of one metric. Every metric is judged by itself.",
+    "✓ better, ✗ worse than clean; △ higher, ▽ lower than clean, of metrics that neither way is better by itself; "
+    "≈ inconclusive: at this number of seeds the difference may be chance, which is not to say that there is none; "
+    "= every difference is 0. No mark: not compared (clean itself, or fewer than two seeds in common with it).",
+    "A difference is paired by seed, and marked ✓ ✗ △ ▽ where p < 0.05: two-sided paired t test, p adjusted after "
+    "Benjamini and Hochberg over all cells and guidance scales of one metric. Every metric is judged by itself.",
 )
 # Tables of more than WIDE metrics are cut in these; what is in none goes to the last.
 GROUPS = {
@@ -50,14 +58,14 @@ HEADLINE = (
     *("fid", "inception_score", "precision", "recall", "coverage"),
     *("entropy", "memorization_ratio", "class_agreement", "clip_score"),
 )
-PAPER_GAMMA = 1.0  # of CEP, the paper's default
+NUMBERS = "%.8g"  # of CSV files: float32 has seven digits
 FAILED = "Runs that failed or are missing"
 NO_VALUES = "No run has values yet."
 NO_REGULARIZERS = (
-    "There is no table of regularizers: no setting with embedding dropout, label smoothing, input perturbation or CEP "
+    "There is no table of regularizers: no cell with embedding dropout, label smoothing, input perturbation or CEP "
     "drawn anew has values."
 )
-NO_MODES = "There is no table of fixed against random: no two settings with values differ in that alone."
+NO_MODES = "There is no table of fixed against random: no two cells with values differ in that alone."
 
 
 @dataclass(frozen=True)
@@ -67,7 +75,9 @@ class Table:
     Attributes:
         title: what it shows, the block named where there are several. caption: one or more sentences.
         head: a text per column. lines: a text per column. marks: for each text of `lines`, the verdict on it as
-            [`compare`] has it (see MARKS), or "". left: numbers of the columns that are no numbers.
+            `compare` has it (see MARKS), or "". left: numbers of the columns that are no numbers.
+        kind: `means`, `regularizers`, `modes` (lines in threes, which belong together) or `runs`. block: of its cells.
+        folded: the guidance scale under which it is folded, as text; "" of those that stand open.
     """
 
     title: str
@@ -76,39 +86,26 @@ class Table:
     lines: list[list[str]]
     marks: list[list[str]]
     left: tuple[int, ...] = (0,)
+    kind: Literal["means", "regularizers", "modes", "runs"] = "means"
+    block: str = ""
+    folded: str = ""
 
 
-@dataclass(frozen=True)
-class _Section:
-    """The tables of a block: those at the report's guidance scale, and by title, those at each other.
-
-    Attributes:
-        lacking: a sentence for each table that could not be built.
-    """
-
-    block: str
-    first: list[Table]
-    others: dict[str, list[Table]]
-    lacking: list[str]
-
-
-def write_tables(results, folder: str | Path) -> list[Table]:
-    """Writes `results.csv` (every value of final models, and a line for each run without), `summary.csv` (what
-    [`compare`] gives), `fixed_against_random.csv` (what [`compare_modes`] gives, where a study has such pairs) and
-    `results.md`.
+def write_tables(results, summary: pd.DataFrame, folder: str | Path) -> list[Table]:
+    """Writes `results.csv` (every number, and a line for each run without), `summary.csv` (the comparison) and
+    `fixed_against_random.csv` (what [`compare_modes`] gives, where a study has such pairs).
 
     Args:
-        results: a study's `Results`, or what has its attributes.
+        results: a study's `Results`. summary: what `compare` says of their values.
 
     Returns:
-        The tables of `results.md` that could be built, in its order.
+        The tables that can be built, block by block, those at the report's guidance scale first; then the runs that
+        are not done.
 
     Raises:
-        InputError: what [`compare`] raises, or the folder cannot be written to.
+        InputError: the folder cannot be written to.
     """
-    summary, modes = compare(results.values), compare_modes(results.values)
-    sections = _sections(results, summary, modes)
-    runs = run_table(results)
+    modes = compare_modes(results.values)
     folder = Path(folder)
     with writing(str(folder), "the tables"):
         folder.mkdir(parents=True, exist_ok=True)
@@ -118,62 +115,102 @@ def write_tables(results, folder: str | Path) -> list[Table]:
             _write_csv(folder / "fixed_against_random.csv", modes)
         else:  # an earlier one would be of other cells
             (folder / "fixed_against_random.csv").unlink(missing_ok=True)
-        write_atomically(folder / "results.md", _page(results, sections, runs))
-    tables = [table for part in sections for group in (part.first, *part.others.values()) for table in group]
+    numbers, runs = _Numbers(results, summary, modes), run_table(results)
+    tables = [table for block in _blocks(results.study) for table in _tables(numbers, block)]
     return tables if runs is None else [*tables, runs]
 
 
+def write_page(results, tables: Sequence[Table], figures: Sequence["Figure"], folder: str | Path) -> Path:
+    """Writes `results.md`: tables and figures block by block, and what is not done.
+
+    Args:
+        tables: of [`write_tables`]. figures: of `draw_figures`; they are linked to where they lie.
+
+    Raises:
+        InputError: the folder cannot be written to.
+    """
+    folder = Path(folder)
+    with writing(str(folder), "the tables"):
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(folder / "results.md", _page(results, tables, figures, folder))
+    return folder / "results.md"
+
+
 def results_frame(results) -> pd.DataFrame:
-    """Every number of final models, in the order of runs: the cell's identity, `seed`, `guidance_scale`, `metric`,
-    `value`, and the run's `status`, `attempts` and `reason`. A run without values has one line, without a metric."""
-    columns = ["block", "cell", "seed", "status", "attempts", "reason"]
-    runs = pd.DataFrame([{name: run[name] for name in columns} for run in results.runs], columns=columns)
-    cells = pd.DataFrame([_identity(cell) for cell in results.study.cells], columns=CELL)
-    final = results.values[results.values["step"].isna()]
-    final = final[["block", "cell", "seed", "guidance_scale", "metric", "value"]]
-    found = runs.merge(cells, how="left", on=["block", "cell"]).merge(final, how="left", on=["block", "cell", "seed"])
-    return found[[*CELL, "seed", "guidance_scale", "metric", "value", "status", "attempts", "reason"]]
+    """Every number, in the order of runs: `block`, `cell`, `seed`, `guidance_scale`, `step` (NA of the final model,
+    else of an evaluation while it trained), `metric`, `value`, and the run's `status`, `attempts` and `reason`. A run
+    without values has one line, without a metric."""
+    of_run, numbers = ["block", "cell", "seed"], ["guidance_scale", "step", "metric", "value"]
+    state = ["status", "attempts", "reason"]
+    runs = pd.DataFrame([{name: run[name] for name in of_run + state} for run in results.runs], columns=of_run + state)
+    found = runs.merge(results.values[of_run + numbers], how="left", on=of_run)
+    return found[[*of_run, *numbers, *state]]
 
 
 def run_table(results) -> Table | None:
-    """The runs that are not done and why, a line per cell and reason; None where all are done."""
-    groups: dict[tuple, list[int]] = {}
+    """The runs that are not done and why, failed ones first: a line for all cells of which the same seeds failed, or
+    are missing, for the same reason; None where all are done."""
+    seeds: dict[tuple, list[int]] = {}
     for run in results.runs:
         if run["status"] != "done":
             reason = run["reason"] or ("not run yet" if run["status"] == "missing" else "no reason is known")
             key = run["block"], run["cell"], run["status"], run["attempts"], " ".join(str(reason).split())
-            groups.setdefault(key, []).append(run["seed"])
-    if not groups:
+            seeds.setdefault(key, []).append(run["seed"])
+    if not seeds:
         return None
-    names = _names(results.study.cells)
+    cells: dict[tuple, list[str]] = {}
+    for (block, cell, *why), of_cell in seeds.items():
+        cells.setdefault((block, tuple(of_cell), *why), []).append(cell)
+    names, size = _names(results.study.cells), Counter(cell.block for cell in results.study.cells)
     lines = [
-        [block, names.get((block, cell), cell), _listed(seeds), status, str(attempts), reason]
-        for (block, cell, status, attempts, reason), seeds in groups.items()
+        [
+            block,
+            "all cells" if len(of_block) == size[block] > 1 else "; ".join(names[block, cell] for cell in of_block),
+            ranges(numbers),
+            status,
+            str(attempts),
+            reason,
+        ]
+        for (block, numbers, status, attempts, reason), of_block in cells.items()
     ]
-    head = ["block", "setting", "seeds", "status", "attempts", "reason"]
+    lines.sort(key=lambda line: line[3] != "failed")
+    head = ["block", "cell", "seeds", "status", "attempts", "reason"]
     if not any(line[0] for line in lines):
         head, lines = head[1:], [line[1:] for line in lines]
-    count = sum(map(len, groups.values()))
+    count = sum(map(len, seeds.values()))
     caption = f"{_count(count, 'run')} of {len(results.runs)}; what stands in the other tables is without them."
     left = tuple(n for n, name in enumerate(head) if name != "attempts")
-    return Table(FAILED, caption, head, lines, [[""] * len(head) for _ in lines], left)
+    return Table(FAILED, caption, head, lines, [[""] * len(head) for _ in lines], left, "runs")
 
 
-def _sections(results, summary: pd.DataFrame, modes: pd.DataFrame) -> list[_Section]:
-    numbers = _Numbers(results, summary, modes)
-    sections = []
-    for block in dict.fromkeys(cell.block for cell in results.study.cells):
-        first, *others = numbers.places(block) or [None]
-        pages = {place: _main_tables(numbers, block, place) for place in (first, *others)}
-        extra = {
-            NO_REGULARIZERS: _regularizer_table(numbers, block, first),
-            NO_MODES: _mode_table(numbers, block, first),
-        }
-        lacking = [sentence for sentence, table in extra.items() if table is None] if pages[first] else [NO_VALUES]
-        titles = {_place_title(place).capitalize(): pages[place] for place in others}
-        built = [table for table in extra.values() if table is not None]
-        sections.append(_Section(block, pages[first] + built, titles, lacking))
-    return sections
+def ranges(numbers: Iterable[int]) -> str:
+    """Whole numbers as text, three and more in a row as a range: "0, 2, 4–9"."""
+    rows: list[list[int]] = []
+    for number in sorted(numbers):
+        if rows and number == rows[-1][-1] + 1:
+            rows[-1].append(number)
+        else:
+            rows.append([number])
+    return ", ".join(f"{row[0]}–{row[-1]}" if len(row) > 2 else ", ".join(map(str, row)) for row in rows)
+
+
+def _blocks(study) -> list[str]:
+    return list(dict.fromkeys(cell.block for cell in study.cells))
+
+
+def _tables(numbers: "_Numbers", block: str) -> list[Table]:
+    """Those of a block."""
+    places = numbers.places(block)
+    if not places:
+        return []
+    first, *others = places
+    extra = (_regularizer_table(numbers, block, first), _mode_table(numbers, block, first))
+    folded = [
+        replace(table, folded=_place_title(place).capitalize())
+        for place in others
+        for table in _main_tables(numbers, block, place)
+    ]
+    return [*_main_tables(numbers, block, first), *(table for table in extra if table is not None), *folded]
 
 
 class _Numbers:
@@ -181,6 +218,7 @@ class _Numbers:
 
     def __init__(self, results, summary: pd.DataFrame, modes: pd.DataFrame):
         self.study = results.study
+        self.decided = selection.seeds_decide(results.study)
         self.names = _names(results.study.cells)
         final = summary[summary["step"].isna()]
         self._lines = {(*_where(line), line.metric): line for line in final.itertuples(index=False)}
@@ -192,21 +230,14 @@ class _Numbers:
             if math.isfinite(line.value):
                 seeds.add(line.seed)
 
-    def cells(self, block: str) -> list:
-        """The block's cells in the study's order, clean first."""
-        cells = [cell for cell in self.study.cells if cell.block == block]
-        return sorted(cells, key=lambda cell: cell.method.kind != "clean")
+    def cells(self, block: str) -> selection.Cells:
+        """The block's cells, clean first, in families by strength."""
+        return selection.in_families({cell.label: cell.method for cell in self.study.cells if cell.block == block})
 
     def places(self, block: str) -> list[float | None]:
-        """Those measured, the report's (or the nearest to it) first, then in order."""
+        """Those measured, the report's first."""
         found = {place for of_block, _, place in self._seeds if of_block == block}
-        ordered = sorted(found - {None}) + [None] * (None in found)
-        asked = self.study.report_guidance_scale
-        if asked is None or not found - {None}:
-            first = None if None in found else (ordered or [None])[0]
-        else:
-            first = min(found - {None}, key=lambda place: abs(place - asked))
-        return [first, *(place for place in ordered if place != first)] if ordered else []
+        return selection.places(found, self.study.report_guidance_scale)
 
     def metrics(self, block: str, place: float | None) -> list[str]:
         """Those measured there, in the order of METRICS, others behind."""
@@ -214,7 +245,7 @@ class _Numbers:
         return [name for name in METRICS if name in found] + [name for name in found if name not in METRICS]
 
     def clean(self, block: str) -> str | None:
-        return next((cell.label for cell in self.cells(block) if cell.method.kind == "clean"), None)
+        return next(iter(selection.clean_of(self.cells(block))), None)
 
     def seeds(self, block: str, cell: str, place: float | None) -> set[int]:
         """Those with at least one finite value."""
@@ -250,7 +281,7 @@ def _main_tables(numbers: _Numbers, block: str, place: float | None) -> list[Tab
     metrics = numbers.metrics(block, place)
     if not metrics:
         return []
-    groups = _grouped(metrics) if len(metrics) > WIDE else {"Every setting": metrics}
+    groups = _grouped(metrics) if len(metrics) > WIDE else {"All cells": metrics}
     caption = _caption(numbers, block, place)
     return [
         _table(numbers, _title(group, block, place), caption, block, place, numbers.cells(block), names)
@@ -260,28 +291,22 @@ def _main_tables(numbers: _Numbers, block: str, place: float | None) -> list[Tab
 
 def _regularizer_table(numbers: _Numbers, block: str, place: float | None) -> Table | None:
     """Clean, each regularizer and the slightest corruption; None where the block has no regularizer with values."""
-    cells = [cell for cell in numbers.cells(block) if numbers.seeds(block, cell.label, place)]
-    kinds = {
-        "dropout": _of_kind(cells, "embedding_dropout"),
-        "label smoothing": _of_kind(cells, "label_smoothing"),
-        "input perturbation": _of_kind(cells, "input_perturbation"),
-        "CEP-U": _nearest(_of_kind(cells, "cep", "uniform", "random")),
-        "CEP-G": _nearest(_of_kind(cells, "cep", "gaussian", "random")),
-    }
-    if not any(kinds.values()):
+    cells = {cell: method for cell, method in numbers.cells(block).items() if numbers.seeds(block, cell, place)}
+    found = selection.regularizers(cells)
+    if not found:
         return None
-    kinds = {"clean": _of_kind(cells, "clean"), **kinds, "corruption": _slightest(_of_kind(cells, "corruption"))}
-    lacking = [name for name, found in kinds.items() if not found]
     caption = (
-        f"{_caption(numbers, block, place)} CEP is shown at γ = {PAPER_GAMMA:g}, the paper's default, or the nearest "
-        "that was trained, drawn anew at every step; corruption at the least share: both are chosen by setting, not "
-        "by result."
+        f"{_caption(numbers, block, place)} CEP is shown at γ = {selection.PAPER_GAMMA:g}, the paper's default, or "
+        "the nearest that was trained, drawn anew at every step; corruption at the least share: both are chosen by "
+        "their settings, not by their results."
     )
+    lacking = [name for name, of_name in found.items() if not of_name]
     if lacking:
-        caption += f" Without values in this study: {_listed(lacking)}."
-    chosen = [cell for found in kinds.values() for cell in found]
+        caption += f" Without values in this study: {listed(lacking)}."
+    chosen = {cell: method for of_name in found.values() for cell, method in of_name.items()}
     metrics = _headline(numbers.metrics(block, place))
-    return _table(numbers, _title("Regularizers", block, place), caption, block, place, chosen, metrics)
+    table = _table(numbers, _title("Regularizers", block, place), caption, block, place, chosen, metrics)
+    return replace(table, kind="regularizers")
 
 
 def _mode_table(numbers: _Numbers, block: str, place: float | None) -> Table | None:
@@ -303,31 +328,31 @@ def _mode_table(numbers: _Numbers, block: str, place: float | None) -> Table | N
         )
         marks.append([""] * 3 + [compared[name].verdict if name in compared else "" for name in metrics])
     caption = (
-        f"{_means(place)} Fixed: the same examples are corrupted in the same way, or perturbed alike, throughout "
-        "training; random: drawn anew. Below each pair stand the mean difference, over the n seeds that both have, "
-        "and its p, adjusted over all such pairs and guidance scales of one metric; marks there compare random with "
-        "fixed, not with clean. Intervals stand in fixed_against_random.csv."
+        f"{_means(numbers, place)} Fixed: the same examples are corrupted in the same way, or perturbed alike, "
+        "throughout training; random: drawn anew. Below each pair stand the mean difference, over the n seeds that "
+        "both have, and its p, adjusted over all such pairs and guidance scales of one metric; marks there compare "
+        "random with fixed, not with clean. Intervals stand in fixed_against_random.csv."
     )
-    head = ["setting", "mode", "n", *(metric_of(name).heading for name in metrics)]
-    return Table(_title("Fixed against random", block, place), caption, head, lines, marks, (0, 1))
+    head = ["cell", "mode", "n", *(metric_of(name).heading for name in metrics)]
+    return Table(_title("Fixed against random", block, place), caption, head, lines, marks, (0, 1), "modes", block)
 
 
-def _table(numbers: _Numbers, title, caption, block, place, cells: Iterable, metrics: Sequence[str]) -> Table:
+def _table(numbers: _Numbers, title, caption, block, place, cells: Iterable[str], metrics: Sequence[str]) -> Table:
     """A line of means per cell."""
     lines, marks = [], []
     for cell in cells:
-        found = [numbers.mean(block, cell.label, place, metric) for metric in metrics]
-        name, count = numbers.names[block, cell.label], numbers.count(block, cell.label, place)
+        found = [numbers.mean(block, cell, place, metric) for metric in metrics]
+        name, count = numbers.names[block, cell], numbers.count(block, cell, place)
         lines.append([name, count, *(text for text, _ in found)])
         marks.append(["", "", *(verdict for _, verdict in found)])
-    head = ["setting", "n", *(metric_of(name).heading for name in metrics)]
-    return Table(title, caption, head, lines, marks)
+    head = ["cell", "n", *(metric_of(name).heading for name in metrics)]
+    return Table(title, caption, head, lines, marks, block=block)
 
 
 def _caption(numbers: _Numbers, block: str, place: float | None) -> str:
     clean = numbers.clean(block)
-    counts = [len(numbers.seeds(block, cell.label, place)) for cell in numbers.cells(block)]
-    sentences = [_means(place)]
+    counts = [len(numbers.seeds(block, cell, place)) for cell in numbers.cells(block)]
+    sentences = [_means(numbers, place)]
     if clean is None:
         sentences.append("There is no clean cell to compare with.")
     elif not numbers.seeds(block, clean, place):
@@ -335,12 +360,12 @@ def _caption(numbers: _Numbers, block: str, place: float | None) -> str:
     elif max(counts) < 2:
         sentences.append("With one seed nothing is known of chance, and nothing is compared.")
     elif max(counts) > min(counts):
-        sentences.append(f"Settings have from {min(counts)} to {max(counts)} seeds.")
+        sentences.append(f"Cells have from {min(counts)} to {max(counts)} seeds.")
     return " ".join(sentences)
 
 
-def _means(place: float | None) -> str:
-    return f"Mean ± standard deviation over seeds of training, {_place_title(place)}."
+def _means(numbers: _Numbers, place: float | None) -> str:
+    return f"Mean ± standard deviation over seeds, of {numbers.decided}; {_place_title(place)}."
 
 
 def _difference(line: tuple | None) -> str:
@@ -364,27 +389,6 @@ def _headline(metrics: list[str]) -> list[str]:
     return metrics if len(metrics) <= WIDE else [name for name in HEADLINE if name in metrics] or metrics
 
 
-def _of_kind(cells: Iterable, kind: str, type: str | None = None, mode: str | None = None) -> list:
-    return [
-        cell
-        for cell in cells
-        if cell.method.kind == kind and type in (None, cell.method.type) and mode in (None, cell.method.mode)
-    ]
-
-
-def _nearest(cells: list) -> list:
-    """Those of the γ nearest to the paper's, by ratio."""
-    far = [abs(math.log(cell.method.strength / PAPER_GAMMA)) for cell in cells]
-    return [cell for cell, distance in zip(cells, far, strict=True) if distance == min(far)]
-
-
-def _slightest(cells: list) -> list:
-    """Those of the least share, fixed ones where there are any."""
-    least = min((cell.method.strength for cell in cells), default=0)
-    cells = [cell for cell in cells if cell.method.strength == least]
-    return [cell for cell in cells if cell.method.mode != "random"] or cells
-
-
 def _names(cells: Iterable) -> dict[tuple[str, str], str]:
     """By block and label, what a line is called: the method, and the label where it does not say which cell it is."""
     cells = list(cells)
@@ -395,11 +399,6 @@ def _names(cells: Iterable) -> dict[tuple[str, str], str]:
         else f"{cell.method.title} ({cell.label})"
         for cell in cells
     }
-
-
-def _identity(cell) -> dict:
-    method = {name: getattr(cell.method, name) for name in ("kind", "type", "mode", "strength", "title")}
-    return {"block": cell.block, "cell": cell.label} | method
 
 
 def _place(scale: float) -> float | None:
@@ -422,40 +421,39 @@ def _count(number: int, what: str) -> str:
     return f"{number} {what}" + "s" * (number != 1)
 
 
-def _listed(things: Iterable) -> str:
-    return ", ".join(map(str, things))
-
-
 def _write_csv(path: Path, frame: pd.DataFrame) -> None:
-    write_atomically(path, frame.to_csv(index=False, lineterminator="\n"))
+    write_atomically(path, frame.to_csv(index=False, lineterminator="\n", float_format=NUMBERS))
 
 
-def _page(results, sections: Sequence[_Section], runs: Table | None) -> str:
+def _page(results, tables: Sequence[Table], figures: Sequence["Figure"], folder: Path) -> str:
     """`results.md`."""
     study = results.study
+    runs = next((table for table in tables if table.kind == "runs"), None)
     parts = [f"# {_inline(study.title)}", _opening(results, runs)]
     asked = study.report_guidance_scale
     measured = set(results.values.loc[results.values["step"].isna(), "guidance_scale"].dropna())
     if asked is not None and measured and asked not in measured:
         parts.append(f"Guidance scale {asked:g}, which the study names for its tables, was not measured.")
     parts.append("\n".join(f"- {sentence}" for sentence in LEGEND))
-    for section in sections:
-        if section.block:
-            parts.append(f"## {_inline(section.block)}")
-        level = "###" if section.block else "##"
-        parts += [part for table in section.first for part in _markdown(table, level)]
-        parts += section.lacking
-        for title, tables in section.others.items():
-            inside = [part for table in tables for part in _markdown(table, level + "#")]
+    for block in _blocks(study):
+        level = "###" if block else "##"
+        own = [table for table in tables if table.block == block and table is not runs]
+        parts += [f"## {_inline(block)}"] * bool(block)
+        parts += [part for table in own if not table.folded for part in _markdown(table, level)]
+        parts += _lacking({table.kind for table in own})
+        drawn = [figure for figure in figures if figure.block == block]
+        parts += [f"{level} Figures"] * bool(drawn)
+        parts += [part for figure in drawn for part in _shown(figure, folder, level + "#")]
+        for title in dict.fromkeys(table.folded for table in own if table.folded):
+            inside = [part for table in own if table.folded == title for part in _markdown(table, level + "#")]
             parts += [f"<details>\n<summary>{title}</summary>", *inside, "</details>"]
     if runs is not None:
         parts += _markdown(runs, "##")
-    again = f"python study.py {shlex.quote(str(study.path))}"
     parts += [
         "## How to make this again",
         "Runs that are done are kept; the others are run, and this is written anew:",
+        f"```bash\n{results.command()}\n```",
     ]
-    parts += [f"```bash\n{again}\n```"]
     return "\n\n".join(parts) + "\n"
 
 
@@ -467,11 +465,28 @@ def _opening(results, runs: Table | None) -> str:
         others = [f"{states.count(name)} {name}" for name in ("failed", "missing") if name in states]
         anchor = re.sub(r"[^\w -]", "", FAILED.lower()).replace(" ", "-")
         done = f"{_count(total, 'run')}: {states.count('done')} done, {' and '.join(others)} ([why](#{anchor}))"
-    seeds = f"{_count(len(study.seeds), 'seed')} of training ({_listed(study.seeds)})"
+    seeds = f"{_count(len(study.seeds), 'seed')} ({ranges(study.seeds)}) of {selection.seeds_decide(study)}"
     return (
-        f"`{study.path}`: {_count(len(study.cells), 'setting')}, {seeds}; {done}. Every number is in "
-        "[results.csv](results.csv), every mean, difference from clean, interval and p in [summary.csv](summary.csv)."
+        f"`{study.path.name}`: {_count(len(study.cells), 'cell')}, {seeds}; {done}. Every number is in "
+        "[results.csv](results.csv), every mean, difference from clean, interval and p in [summary.csv](summary.csv); "
+        "[report.html](report.html) has all of this on one page, with every choice that was made."
     )
+
+
+def _lacking(kinds: Collection[str]) -> list[str]:
+    """A sentence for each kind of table that a block has not."""
+    if "means" not in kinds:
+        return [NO_VALUES]
+    return [
+        sentence for kind, sentence in (("regularizers", NO_REGULARIZERS), ("modes", NO_MODES)) if kind not in kinds
+    ]
+
+
+def _shown(figure: "Figure", folder: Path, level: str) -> list[str]:
+    """Heading, picture and caption."""
+    alt = re.sub(r"([\[\]])", r"\\\1", _inline(figure.alt))
+    path = Path(os.path.relpath(figure.path, folder)).as_posix()
+    return [f"{level} {_inline(figure.title)}", f"![{alt}]({path})", _inline(figure.caption)]
 
 
 def _markdown(table: Table, level: str) -> list[str]:

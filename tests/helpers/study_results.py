@@ -1,14 +1,19 @@
-"""Results of a study that never ran, with the attributes of noisycond's own, for tests of tables, figures, reports."""
+"""Results of studies that never ran, for tests of their tables, figures and reports: numbers made up after a rule."""
 
 import itertools
 import math
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from PIL import Image
 
+from noisycond.study.definition import Stage, Study, StudyCell
 from noisycond.study.methods import Method, method_of
+from noisycond.study.results import COLUMNS as RESULT_COLUMNS
+from noisycond.study.results import Results
 
 
 # Value of the clean model, what the strongest corruption adds to it, and how far seeds move it.
@@ -49,36 +54,25 @@ CELLS = {
 }
 
 
-@dataclass
-class Cell:
-    block: str
-    label: str
-    method: Method
-    settings: dict
+# As large as the study on digits.
+LARGE = {
+    "clean": {},
+    **{f"eta-{eta:g}": {"corruption_ratio": eta} for eta in (0.025, 0.05, 0.075, 0.1, 0.15, 0.2)},
+    **{f"eta-random-{eta:g}": {"corruption_ratio": eta, "corruption_mode": "random"} for eta in (0.025, 0.1)},
+    **{f"cep-u-{gamma:g}": {"cep_gamma": gamma} for gamma in (0.1, 0.5, 1, 2)},
+    **{f"cep-g-{gamma:g}": {"cep_gamma": gamma, "cep_type": "gaussian"} for gamma in (0.1, 0.5, 1, 2)},
+    "ip": {"input_perturbation": 0.1},
+    "dropout": {"embedding_dropout": 0.1},
+    "label-smoothing": {"label_smoothing": 0.1},
+    "fixed-cep": {"cep_gamma": 1, "cep_mode": "fixed"},
+}
+TINY = {"clean": {}, "eta-0.05": {"corruption_ratio": 0.05}, "cep-u-1": {"cep_gamma": 1}}
+COLUMNS = list(RESULT_COLUMNS)
 
 
-@dataclass
-class Study:
-    name: str = "toy"
-    title: str = "A toy study"
-    path: Path = Path("studies/toy.yaml")
-    seeds: list[int] = field(default_factory=list)
-    report_guidance_scale: float | None = 2.25
-    blocks: list[str] = field(default_factory=list)
-    cells: list[Cell] = field(default_factory=list)
-
-
-@dataclass
-class Results:
-    study: Study
-    runs: list[dict]
-    values: pd.DataFrame
-
-
-COLUMNS = [
-    *["block", "cell", "kind", "type", "mode", "strength", "title"],
-    *["seed", "guidance_scale", "step", "metric", "value"],
-]
+def toy_cell(block: str, label: str, settings: Mapping) -> StudyCell:
+    stages = (Stage("train_class_cond", {"recipe": "digits_ldm", **settings}),)
+    return StudyCell(block, label, method_of(settings), settings, stages)
 
 
 def frame(lines: list[dict]) -> pd.DataFrame:
@@ -105,29 +99,45 @@ def toy_results(
     failed=(),
     missing=(),
     samples=None,
+    report_scale=2.25,
 ) -> Results:
     """Results of every cell, seed and guidance scale: seeds move all cells alike, and each a little on its own.
 
     Args:
-        cells: labels of CELLS. metrics: of METRICS. steps: of evaluations during training, at the report's scale.
+        cells: labels of CELLS, or settings by label. metrics: of METRICS. steps: of evaluations during training, at
+            the report's scale.
         failed, missing: pairs of cell and seed, in all blocks. samples: a picture that every finished run made.
     """
-    study = Study(seeds=list(seeds), blocks=list(blocks))
-    study.cells = [Cell(block, label, method_of(CELLS[label]), CELLS[label]) for block in blocks for label in cells]
+    named = cells if isinstance(cells, Mapping) else {label: CELLS[label] for label in cells}
+    made = tuple(toy_cell(block, label, settings) for block in blocks for label, settings in named.items())
+    evaluation = Stage("evaluate_model", {"recipe": "digits_evaluation"})
+    study = Study(Path("studies/toy.yaml"), "A toy study", tuple(seeds), made, evaluation, report_scale)
     places = [(scale, pd.NA) for scale in guidance_scales]
-    places += [(study.report_guidance_scale, step) for step in steps]
+    places += [(report_scale, step) for step in steps]
     runs, lines = [], []
     for seed, cell in itertools.product(seeds, study.cells):
         run = cell.label, seed
         status = "failed" if run in failed else "missing" if run in missing else "done"
-        runs.append(_run(cell.block, *run, status, samples))
+        runs.append(_run(cell, seed, status, samples))
         if status != "done":
             continue
         for (scale, step), metric in itertools.product(places, metrics):
             value = _value(cell, seed, scale, step, metric)
             where = {"block": cell.block, "seed": seed, "guidance_scale": scale, "step": step}
             lines.append(_identity(cell.label, cell.method) | where | {"metric": metric, "value": value})
-    return Results(study, runs, frame(lines))
+    return Results(study, runs, frame(lines), Path("runs/studies/toy/results"))
+
+
+def change_study(results: Results, **changes) -> None:
+    results.study = replace(results.study, **changes)
+
+
+def add_samples(results: Results, folder: Path, size=(100, 60)) -> None:
+    """A picture for each run: its red counts the cells, its green the seeds."""
+    labels = list(dict.fromkeys(run["cell"] for run in results.runs))
+    for run in results.runs:
+        run["samples"] = folder / f"{run['cell']}-seed-{run['seed']}.png"
+        Image.new("RGB", size, (10 * labels.index(run["cell"]), 20 * run["seed"], 90)).save(run["samples"])
 
 
 def _value(cell, seed, scale, step, metric) -> float:
@@ -147,11 +157,11 @@ def _bytes(*things) -> list[int]:
     return list(repr(things).encode())
 
 
-def _run(block, label, seed, status, samples) -> dict:
-    place = f"runs/toy/{label}-seed-{seed}"
+def _run(cell: StudyCell, seed, status, samples) -> dict:
+    place = f"runs/toy/{cell.label}-seed-{seed}"
     return {
-        "block": block,
-        "cell": label,
+        "block": cell.block,
+        "cell": cell.label,
         "seed": seed,
         "status": status,
         "reason": "train_class_cond.py: --cep_gamma must be at least 0, but is -1." if status == "failed" else "",
@@ -161,8 +171,9 @@ def _run(block, label, seed, status, samples) -> dict:
             f"accelerate launch train_class_cond.py --recipe digits_ldm --seed {seed} --output_dir {place}",
             f"accelerate launch evaluate_model.py --recipe digits_evaluation --pipelines {place}",
         ],
-        "settings": dict(CELLS[label]),
+        "settings": dict(cell.settings),
         "environment": {"torch": "2.15.0", "device": "cpu"},
         "samples": samples if status == "done" else None,
         "image_choices": {"guidance_scale": [1.0, 2.25, 4.0], "num_images": 360},
+        "curve_choices": {},
     }

@@ -60,13 +60,17 @@ def test_failing_cells_are_in_the_table_and_stop_no_other(ran):
         ("planted", "failed"),
         ("refused", "failed"),
     }
-    values = {line["metric"]: float(line["value"]) for line in lines if line["cell"] == "clean"}
+    of_clean = [line for line in lines if line["cell"] == "clean"]
+    assert {line["step"] for line in of_clean} == {"", "2"}
+    values = {line["metric"]: float(line["value"]) for line in of_clean if not line["step"]}
     assert values.keys() == {"fid", "recall"} and values["fid"] > 0
     reasons = {line["cell"]: line["reason"] for line in lines}
     assert reasons["refused"].startswith("train_class_cond.py: --corruption_ratio is 1.5, but a share must lie")
     assert "/nowhere" in reasons["planted"] and "Traceback" not in reasons["planted"]
     table = (folder / "out" / "results.md").read_text()
     assert "/nowhere" in table and "1.5" in table
+    pictures = [path.name for path in (folder / "out" / "figures").glob("*.png")]
+    assert pictures and all(f"](figures/{name})" in table for name in pictures)
 
 
 def test_the_report_holds_the_figures_and_the_commands(ran):

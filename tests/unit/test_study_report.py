@@ -15,8 +15,10 @@ from noisycond.errors import InputError
 from noisycond.study.definition import Stage, Study, StudyCell
 from noisycond.study.figures import Figure
 from noisycond.study.methods import method_of
+from noisycond.study.reading import STUDIES
 from noisycond.study.report import write_report
 from noisycond.study.results import COLUMNS, Results
+from noisycond.study.statistics import compare
 from noisycond.study.tables import FAILED, Table, write_tables
 
 
@@ -83,7 +85,7 @@ CELLS = (cell("clean"), cell("eta-0.025", corruption_ratio=0.025), cell("cep-u-1
 
 def run_of(label: str, seed: int, status="done", block="", **other) -> dict:
     done = status == "done"
-    commands = [f"train_class_cond.py --seed {seed}", f"evaluate_model.py {label}"]
+    commands = [f"train_class_cond.py --seed {seed} --out_dir {label}", f"evaluate_model.py {block}{label} {seed}"]
     return {
         "block": block,
         "cell": label,
@@ -115,7 +117,7 @@ def values_of(study: Study, runs, scales=(1.0, 2.25)) -> pandas.DataFrame:
 def results_of(study: Study, runs=None) -> Results:
     if runs is None:
         runs = [run_of(each.label, seed, block=each.block) for seed in study.seeds for each in study.cells]
-    return Results(study, runs, values_of(study, runs))
+    return Results(study, runs, values_of(study, runs), Path(f"runs/studies/{study.name}/results"))
 
 
 def table_of(title="All cells", **other) -> Table:
@@ -177,7 +179,8 @@ class TestPage:
         for each in page.elements:
             for name in ("src", "href", "srcset", "data", "action", "poster", "background"):
                 assert each.of.get(name, "#").startswith(("#", "data:")), each
-        assert not page.all("iframe") and not page.all("base") and not page.all("script", src="")
+        assert not page.all("iframe") and not page.all("base") and not page.all("object")
+        assert [each.of for each in page.all("script")] == [{}]
         style = page.all("style")[0].text
         assert "url(" not in style and "@import" not in style
         (policy,) = [each.of["content"] for each in page.all("meta") if "http-equiv" in each.of]
@@ -236,7 +239,7 @@ class TestPictures:
 class TestStudy:
     def test_it_says_what_is_shared_and_what_each_cell_sets(self, page):
         text = " ".join(page.section("study").text.split())
-        assert "Cells 3 " in text and "Seeds of training 0, 1 " in text
+        assert "Cells 3 " in text and "Seeds 0, 1, of training and drawing " in text
         assert "train_class_cond.py --recipe digits_ldm --cep_gamma 0 " in text
         assert "evaluate_model.py --recipe digits_evaluation --guidance_scale 1 2.25 " in text
         assert "Guidance scales 1, 2.25 2.25 in tables" in text
@@ -278,15 +281,41 @@ class TestStudy:
         path.write_text("title: A & B\n")
         page = written(tmp_path, results_of(study_of(*CELLS, path=str(path))))
         codes = [each.text for each in page.all("code")]
-        assert "title: A & B" in codes and "./study.py 'my studies/a.yaml'" in codes
+        assert "title: A & B" in codes and "python study.py 'my studies/a.yaml'" in codes
         assert str(tmp_path) not in page.source
+
+    def test_guidance_scales_are_those_of_final_models(self, tmp_path):
+        results = results_of(study_of(*CELLS))
+        curve = results.values.assign(step=100, guidance_scale=7.5).astype({"step": "Int64"})
+        results.values = pandas.concat([results.values, curve])
+        text = " ".join(written(tmp_path, results).section("study").text.split())
+        assert "Guidance scales 1, 2.25 2.25 in tables" in text and "7.5" not in text
+
+
+class TestCommand:
+    @pytest.mark.parametrize(
+        ("path", "folder", "words"),
+        [
+            ("a.yaml", "runs/studies/a/results", "a.yaml"),
+            ("{here}/my a.yaml", "{here}/runs/studies/my a/results", "'my a.yaml'"),
+            ("{here}/sub/a.yaml", "{here}/kept/a", "sub/a.yaml --results_dir kept/a"),
+            (f"{STUDIES}/digits.yaml", "runs/studies/digits/results", "studies/digits.yaml"),
+            (f"{STUDIES}/digits.yaml", f"{STUDIES}/results/d", "studies/digits.yaml --results_dir studies/results/d"),
+            ("../a.yaml", "/elsewhere/a", "../a.yaml --results_dir /elsewhere/a"),
+        ],
+    )
+    def test_it_is_what_a_user_types(self, tmp_path, monkeypatch, path, folder, words):
+        monkeypatch.chdir(tmp_path)
+        results = results_of(study_of(*CELLS, path=path.format(here=tmp_path)))
+        results.folder = Path(folder.format(here=tmp_path))
+        assert results.command() == f"python study.py {words}"
 
 
 class TestTables:
     def test_verdicts_show_by_sign_word_and_colour(self, page):
         assert page.rows("Mean ± spread.") == [
             ["clean", "10.00 ± 0.20", "5.00"],
-            ["η = 2.5 %", "9.10 ± 0.30 ▲, better", "5.10 △, higher"],
+            ["η = 2.5 %", "9.10 ± 0.30 ✓, better", "5.10 △, higher"],
             ["CEP-U, γ = 1", "–", "5.20 ≈, inconclusive"],
         ]
         assert len(page.all("span", class_="mark better")) == len(page.all("span", class_="mark higher")) == 2
@@ -296,7 +325,7 @@ class TestTables:
     def test_the_legend_has_the_signs_that_occur(self, page):
         (legend,) = page.all("ul", class_="legend")
         words = [each.text for each in page.all("li") if legend in each.around]
-        assert words == ["▲ better", "△ higher, where neither way is better", "≈ inconclusive"]
+        assert words == ["✓ better", "△ higher, where neither way is better", "≈ inconclusive"]
 
     def test_numbers_stand_to_the_right_and_words_to_the_left(self, page):
         long = "A reason of more words than stand well on one line."
@@ -315,6 +344,25 @@ class TestTables:
         }
         assert kinds == {"1": "number", "done": "text", long: "long"}
 
+    def test_other_guidance_scales_are_folded_each_with_all_its_tables(self, tmp_path):
+        blocks = ("ldm", "dit")
+        tables = [table_of(f"{name}, {block}", block=block) for block in blocks for name in ("Fidelity", "Diversity")]
+        tables[1:1] = [replace(tables[0], folded=f"Guidance scale {scale}") for scale in (1, 1, 4)]
+        tables += [replace(tables[-1], folded="Guidance scale 1")]
+        page = written(tmp_path, results_of(study_of(*CELLS)), tables)
+        folds = page.all("details", class_="fold")
+        inside = [sum(fold in each.around for each in page.all("table")) for fold in folds]
+        assert inside == [2, 1, 1] and not any("open" in fold.of for fold in folds)
+        names = ["Guidance scale 1 (ldm)", "Guidance scale 4 (ldm)", "Guidance scale 1 (dit)"]
+        assert [each.text for each in page.all("summary") if each.around[-1] in folds] == names
+        for around in (page.all("nav")[0], page.all("ul", class_="jump")[0]):
+            linked = {each.text: each.of["href"][1:] for each in page.all("a") if around in each.around}
+            assert [linked[name] for name in names] == [fold.of["id"] for fold in folds]
+
+    def test_lines_that_belong_together_are_not_sorted(self, tmp_path):
+        page = written(tmp_path, results_of(study_of(*CELLS)), [table_of(), table_of(kind="modes")])
+        assert [each.of for each in page.all("table")][1:3] == [{"class": "sortable"}, {}]
+
     def test_one_without_marks(self, tmp_path):
         page = written(tmp_path, results_of(study_of(*CELLS)), [table_of(marks=[[""] * 3] * 3)])
         assert len(page.rows("Mean ± spread.")) == 3 and not page.all("ul", class_="legend")
@@ -325,7 +373,15 @@ class TestRuns:
         runs = [run_of("clean", 0), run_of("eta-0.025", 0, "failed"), run_of("cep-u-1", 0, "missing", reason=None)]
         page = written(tmp_path, results_of(study_of(*CELLS), runs))
         (said,) = page.all("p", class_="health")
-        assert " ".join(said.text.split()) == "1 of 6 runs done, 1 failed, 4 missing. 26 min 0 s of computing in all."
+        assert " ".join(said.text.split()) == (
+            "1 of 6 runs done, 1 failed, 4 missing. At least 26 min 0 s of computing recorded."
+        )
+
+    def test_a_training_that_runs_share_counts_once(self, tmp_path):
+        runs = [run_of("clean", 0), run_of("eta-0.025", 0), run_of("cep-u-1", 0)]
+        runs[1]["commands"][0] = runs[0]["commands"][0]
+        page = written(tmp_path, results_of(study_of(*CELLS, seeds=[0]), runs))
+        assert "At least 53 min 1 s of" in page.section("progress").text  # 2 · 1500.4 + 3 · 60.1 seconds
 
     def test_all_went_well(self, tmp_path):
         page = written(tmp_path, results_of(study_of(*CELLS)))
@@ -340,17 +396,20 @@ class TestRuns:
     def test_those_not_done_stand_with_the_runs_alone(self, tmp_path):
         runs = [run_of(each.label, seed, "failed" if seed else "done") for seed in (0, 1) for each in CELLS]
         results = results_of(study_of(*CELLS), runs)
-        page = written(tmp_path, results, write_tables(results, tmp_path / "tables"))
+        page = written(tmp_path, results, write_tables(results, compare(results.values), tmp_path / "tables"))
         titles = [each.text for each in page.all("h3")]
-        assert titles.count(FAILED) == 1 and "Every setting, guidance scale 2.25" in titles
+        assert titles.count(FAILED) == 1 and "All cells, guidance scale 2.25" in titles
         assert page.section("runs").text.count(FAILED) == 1
 
     def test_commands_are_folded_by_cell(self, page):
         folded = [each for each in page.all("pre") if any(around.tag == "details" for around in each.around)]
         assert [each.text for each in folded][:2] == [
-            "accelerate launch train_class_cond.py --seed 0\naccelerate launch evaluate_model.py clean",
-            "accelerate launch train_class_cond.py --seed 1\naccelerate launch evaluate_model.py clean",
+            f"accelerate launch train_class_cond.py --seed {seed} --out_dir clean\n"
+            f"accelerate launch evaluate_model.py clean {seed}"
+            for seed in (0, 1)
         ]
+        inside = [each.text for each in page.all("span") if folded[0] in each.around]
+        assert inside == ["--seed", "--out_dir"]  # what might break in the middle
         assert [each.text for each in page.all("summary")][1:] == ["clean", "eta-0.025", "cep-u-1"]
 
     @pytest.mark.parametrize("seeds, is_open", [(10, True), (11, False)])
@@ -371,6 +430,14 @@ class TestChoices:
         assert told["extra"].text == "– (2 runs); 0.5 (1 run)"
         assert told["torch"].text == "2.15.0 (2 runs); 2.16.0 (1 run)" and told["devices"].text == "CPU"
         assert told["seeds"].around[-4].of["class"] == "nested"
+
+    def test_evaluations_while_training_have_their_own(self, tmp_path):
+        runs = [run_of(each.label, 0, curve_choices={"num_images": 90}) for each in CELLS]
+        text = " ".join(
+            written(tmp_path, results_of(study_of(*CELLS, seeds=[0]), runs)).section("choices").text.split()
+        )
+        assert "While training" in text and "num_images90" in text
+        assert "While training" not in written(tmp_path, results_of(study_of(*CELLS))).section("choices").text
 
     def test_many_values_are_counted(self, tmp_path):
         runs = [run_of("clean", seed, image_choices={"label": f"seed-{seed}"}) for seed in range(9)]

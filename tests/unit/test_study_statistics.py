@@ -167,8 +167,13 @@ class TestSpecialValues:
     def test_no_difference_at_all(self):
         """Nothing memorized by anyone: p is 1, and counts among the tests."""
         line = of(cell("clean", [0, 0, 0]) + cell("eta-0.025", [0, 0, 0]))
-        assert (line["difference"], line["p"], line["p_adjusted"], line["verdict"]) == (0, 1, 1, "inconclusive")
+        assert (line["difference"], line["p"], line["p_adjusted"], line["verdict"]) == (0, 1, 1, "equal")
         assert math.isnan(line["low"])
+        assert of(cell("clean", [0]) + cell("eta-0.025", [0]))["verdict"] == ""
+
+    def test_differences_that_cancel_are_not_equal(self):
+        line = of(cell("clean", [1, 2, 3, 4]) + cell("eta-0.025", [2, 1, 4, 3]))
+        assert (line["difference"], line["p"], line["verdict"]) == (0, 1, "inconclusive")
 
     @pytest.mark.parametrize("step", [0.5, 1e-3])
     def test_equal_differences_prove_nothing(self, step):

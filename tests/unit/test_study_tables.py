@@ -7,13 +7,14 @@ import re
 import pandas as pd
 import pytest
 from study_results import METRICS as MEASURED
-from study_results import Cell, frame, toy_results
+from study_results import change_study, frame, toy_cell, toy_results
 
 from noisycond.errors import InputError
 from noisycond.evaluation.metrics import METRICS
-from noisycond.study.methods import method_of
-from noisycond.study.statistics import CELL, compare, compare_modes
-from noisycond.study.tables import LEGEND, MARKS, Table, results_frame, run_table, write_tables
+from noisycond.study.figures import Figure
+from noisycond.study.reading import STUDIES
+from noisycond.study.statistics import compare, compare_modes
+from noisycond.study.tables import LEGEND, MARKS, Table, ranges, results_frame, run_table, write_page, write_tables
 
 
 FEW = ("fid", "recall", "entropy")
@@ -25,17 +26,21 @@ def whole(tmp_path_factory):
     failed, missing = [("cep-g-1", 3), ("cep-g-1", 4), ("dropout", 1)], [("smoothing", seed) for seed in range(5)]
     results = toy_results(failed=failed, missing=missing, steps=(500,))
     folder = tmp_path_factory.mktemp("tables")
-    tables = write_tables(results, folder)
-    return results, {table.title: table for table in tables}, (folder / "results.md").read_text(), folder
+    tables = written(results, folder)
+    page = write_page(results, tables, [], folder).read_text()
+    return results, {table.title: table for table in tables}, page, folder
+
+
+def written(results, folder) -> list[Table]:
+    return write_tables(results, compare(results.values), folder)
 
 
 def tables_of(results, tmp_path) -> dict[str, Table]:
-    return {table.title: table for table in write_tables(results, tmp_path)}
+    return {table.title: table for table in written(results, tmp_path)}
 
 
-def page_of(results, tmp_path) -> str:
-    write_tables(results, tmp_path)
-    return (tmp_path / "results.md").read_text()
+def page_of(results, tmp_path, figures=()) -> str:
+    return write_page(results, written(results, tmp_path), figures, tmp_path).read_text()
 
 
 def texts(table: Table, column: str) -> dict[str, str]:
@@ -78,7 +83,7 @@ class TestMain:
             "Memorization and other metrics, guidance scale 2.25",
         ]
         few = tables_of(toy_results(cells=("clean", "eta-0.05"), metrics=FEW), tmp_path)
-        assert few["Every setting, guidance scale 2.25"].head == ["setting", "n", "FID ↓", "recall ↑", "entropy"]
+        assert few["All cells, guidance scale 2.25"].head == ["cell", "n", "FID ↓", "recall ↑", "entropy"]
 
     def test_holds_every_metric_there_may_be(self, tmp_path):
         lines = [
@@ -94,18 +99,20 @@ class TestMain:
         assert sorted(shown) == sorted([*(metric.heading for metric in METRICS.values()), "one more"])
         assert max(len(table.head) for table in tables) <= 2 + 10
 
-    def test_clean_comes_first_and_others_as_in_the_study(self, tmp_path):
-        results = toy_results(cells=("ip", "eta-0.05", "clean", "cep-u-1"), metrics=FEW)
-        table = tables_of(results, tmp_path)["Every setting, guidance scale 2.25"]
-        assert [line[0] for line in table.lines] == ["clean", "IP, γ = 0.1", "η = 5 %", "CEP-U, γ = 1"]
+    def test_clean_comes_first_and_others_in_families_by_strength(self, tmp_path):
+        cells = ("ip", "eta-0.1", "cep-u-2", "clean", "eta-0.025", "cep-u-0.1", "cep-g-1", "eta-random-0.025")
+        table = tables_of(toy_results(cells=cells, metrics=FEW), tmp_path)["All cells, guidance scale 2.25"]
+        families = [["clean"], ["IP, γ = 0.1"], ["η = 2.5 %", "η = 10 %"], ["CEP-U, γ = 0.1", "CEP-U, γ = 2"]]
+        families += [["CEP-G, γ = 1"], ["η = 2.5 %, random"]]
+        assert [line[0] for line in table.lines] == [name for family in families for name in family]
         assert table.marks[0] == [""] * 5 and all(mark in MARKS for line in table.marks for mark in line)
 
     def test_cells_of_one_method_are_told_apart(self, tmp_path):
         results = toy_results(cells=("clean", "eta-0.05", "ip"), metrics=FEW)
-        settings = {"corruption_ratio": 0.05, "max_train_steps": 9}
-        results.study.cells.append(Cell("", "longer", method_of(settings), settings))
-        table = tables_of(results, tmp_path)["Every setting, guidance scale 2.25"]
-        names = ["clean", "η = 5 % (eta-0.05)", "IP, γ = 0.1", "η = 5 % (longer)"]
+        longer = toy_cell("", "longer", {"corruption_ratio": 0.05, "max_train_steps": 9})
+        change_study(results, cells=(*results.study.cells, longer))
+        table = tables_of(results, tmp_path)["All cells, guidance scale 2.25"]
+        names = ["clean", "η = 5 % (eta-0.05)", "η = 5 % (longer)", "IP, γ = 0.1"]
         assert [line[0] for line in table.lines] == names
 
     def test_small_values_keep_a_digit(self, tmp_path):
@@ -118,7 +125,7 @@ class TestPlaces:
     def test_the_reports_stands_first(self, tmp_path):
         results = toy_results(cells=("clean",), metrics=FEW, guidance_scales=(4.0, 1.0, 2.25))
         assert list(tables_of(results, tmp_path)) == [
-            f"Every setting, guidance scale {scale}" for scale in ("2.25", "1", "4")
+            f"All cells, guidance scale {scale}" for scale in ("2.25", "1", "4")
         ]
 
     def test_the_nearest_where_it_was_not_measured(self, tmp_path):
@@ -131,24 +138,24 @@ class TestPlaces:
     def test_none(self, tmp_path):
         results = toy_results(cells=("clean", "ip"), metrics=FEW, guidance_scales=(math.nan,))
         tables = tables_of(results, tmp_path)
-        assert "Every setting, no guidance scale" in tables and "<details>" not in page_of(results, tmp_path)
-        assert set(texts(tables["Every setting, no guidance scale"], "n").values()) == {"5"}
+        assert "All cells, no guidance scale" in tables and "<details>" not in page_of(results, tmp_path)
+        assert set(texts(tables["All cells, no guidance scale"], "n").values()) == {"5"}
 
     def test_none_beside_others_and_no_wish(self, tmp_path):
         results = toy_results(cells=("clean", "ip"), metrics=FEW, guidance_scales=(1.0, math.nan, 4.0))
-        results.study.report_guidance_scale = None
-        titles = [title for title in tables_of(results, tmp_path) if title.startswith("Every")]
+        change_study(results, report_guidance_scale=None)
+        titles = [title for title in tables_of(results, tmp_path) if title.startswith("All cells")]
         assert titles == [
-            f"Every setting, {place}" for place in ("no guidance scale", "guidance scale 1", "guidance scale 4")
+            f"All cells, {place}" for place in ("no guidance scale", "guidance scale 1", "guidance scale 4")
         ]
 
     def test_evaluations_during_training_are_not_shown(self, tmp_path):
         results = toy_results(cells=("clean",), metrics=FEW, steps=(100,), guidance_scales=())
-        assert write_tables(results, tmp_path) == [] and "No run has values yet." in page_of(results, tmp_path)
+        assert written(results, tmp_path) == [] and "No run has values yet." in page_of(results, tmp_path)
         assert len(pd.read_csv(tmp_path / "summary.csv")) == len(FEW)
         final = toy_results(cells=("clean",), metrics=FEW, seeds=(1, 2))
         results.values = pd.concat([results.values, final.values])
-        table = tables_of(results, tmp_path)["Every setting, guidance scale 2.25"]
+        table = tables_of(results, tmp_path)["All cells, guidance scale 2.25"]
         assert texts(table, "n") == {"clean": "2"} and "(n" not in table.lines[0][2]
 
 
@@ -171,25 +178,25 @@ class TestSeeds:
         bad = lambda lines: lines["value"].mask((lines["metric"] == "fid") & (lines["seed"] < 2), math.nan)  # noqa: E731
         with_values(results, "ip", bad)
         with_values(results, "eta-0.05", lambda lines: lines["value"].mask(lines["metric"] == "fid", math.inf))
-        table = tables_of(results, tmp_path)["Every setting, guidance scale 2.25"]
+        table = tables_of(results, tmp_path)["All cells, guidance scale 2.25"]
         assert texts(table, "n")["IP, γ = 0.1"] == "5" and texts(table, "FID ↓")["IP, γ = 0.1"].endswith(" (n = 3)")
         assert "(n" not in texts(table, "recall ↑")["IP, γ = 0.1"] and texts(table, "FID ↓")["η = 5 %"] == "–"
 
     def test_a_seed_without_any_value_is_not_counted(self, tmp_path):
         results = toy_results(cells=("clean", "ip"), metrics=FEW)
         with_values(results, "ip", lambda lines: lines["value"].mask(lines["seed"] == 3, math.nan))
-        table = tables_of(results, tmp_path)["Every setting, guidance scale 2.25"]
+        table = tables_of(results, tmp_path)["All cells, guidance scale 2.25"]
         assert texts(table, "n") == {"clean": "5", "IP, γ = 0.1": "4"}
         assert "(n" not in texts(table, "FID ↓")["IP, γ = 0.1"]
 
     def test_seeds_that_clean_lacks_are_told(self, tmp_path):
         results = toy_results(cells=("clean", "ip"), metrics=FEW, failed=[("clean", 0), ("clean", 4)])
-        table = tables_of(results, tmp_path)["Every setting, guidance scale 2.25"]
+        table = tables_of(results, tmp_path)["All cells, guidance scale 2.25"]
         assert texts(table, "n") == {"clean": "3", "IP, γ = 0.1": "5, 3 paired"}
 
     def test_one_seed_has_no_spread_and_no_mark(self, tmp_path):
         results = toy_results(cells=("clean", "ip"), metrics=FEW, seeds=(0,))
-        table = tables_of(results, tmp_path)["Every setting, guidance scale 2.25"]
+        table = tables_of(results, tmp_path)["All cells, guidance scale 2.25"]
         assert "With one seed nothing is known of chance" in table.caption
         assert not any("±" in text for line in table.lines for text in line)
         assert {mark for line in table.marks for mark in line} == {""}
@@ -198,13 +205,13 @@ class TestSeeds:
 class TestWithoutClean:
     def test_in_the_study(self, tmp_path):
         results = toy_results(cells=("ip", "eta-0.05"), metrics=FEW)
-        table = tables_of(results, tmp_path)["Every setting, guidance scale 2.25"]
+        table = tables_of(results, tmp_path)["All cells, guidance scale 2.25"]
         assert "There is no clean cell to compare with." in table.caption
         assert texts(table, "n")["η = 5 %"] == "5" and {mark for line in table.marks for mark in line} == {""}
 
     def test_in_its_results(self, tmp_path):
         results = toy_results(cells=("clean", "ip"), metrics=FEW, failed=[("clean", seed) for seed in range(5)])
-        table = tables_of(results, tmp_path)["Every setting, guidance scale 2.25"]
+        table = tables_of(results, tmp_path)["All cells, guidance scale 2.25"]
         assert "The clean cell has no values yet" in table.caption
         assert texts(table, "n") == {"clean": "0", "IP, γ = 0.1": "5, 0 paired"}
 
@@ -216,6 +223,7 @@ class TestRegularizers:
         expected = ["clean", "dropout, p = 0.1", "IP, γ = 0.1", "CEP-U, γ = 1", "CEP-G, γ = 1", "η = 2.5 %"]
         assert [line[0] for line in table.lines] == expected
         assert table.caption.endswith("Without values in this study: label smoothing.")
+        assert table.kind == "regularizers" and "chosen by their settings, not by their results" in table.caption
         main = tables["Fidelity, guidance scale 2.25"]
         assert {name: texts(main, "FID ↓")[name] for name in expected} == texts(table, "FID ↓")
         assert table.marks[3][2] == "better" and len(table.head) == 2 + 8
@@ -224,12 +232,12 @@ class TestRegularizers:
         cells = ("clean", "cep-u-0.1", "cep-u-2", "fixed-cep", "eta-random-0.025", "eta-0.05")
         table = tables_of(toy_results(cells=cells, metrics=FEW), tmp_path)["Regularizers, guidance scale 2.25"]
         assert [line[0] for line in table.lines] == ["clean", "CEP-U, γ = 2", "η = 2.5 %, random"]
-        assert "dropout, label smoothing, input perturbation, CEP-G." in table.caption
+        assert "dropout, label smoothing, input perturbation and CEP-G." in table.caption
 
     def test_none(self, tmp_path):
         results = toy_results(cells=("clean", "eta-0.05", "fixed-cep"), metrics=FEW)
         assert not [title for title in tables_of(results, tmp_path) if title.startswith("Reg")]
-        assert "There is no table of regularizers: no setting with" in page_of(results, tmp_path)
+        assert "There is no table of regularizers: no cell with" in page_of(results, tmp_path)
         with_it = page_of(toy_results(cells=("clean", "ip"), metrics=FEW), tmp_path)
         assert "There is no table of regularizers" not in with_it
 
@@ -250,7 +258,7 @@ class TestModes:
         assert fid[2] == f"{line['difference']:{form}}, p = {line['p_adjusted']:.3f}"
         assert table.marks[2][3] == line["verdict"] == "inconclusive" and f"{fid[2]} ≈" in page
         assert {mark for marks in (table.marks[0], table.marks[1]) for mark in marks} == {""}
-        assert table.left == (0, 1)
+        assert table.left == (0, 1) and table.kind == "modes"
 
     def test_mark_is_of_random_against_fixed(self, tmp_path):
         results = toy_results(cells=("eta-0.025", "eta-random-0.025"), metrics=("fid",))
@@ -270,7 +278,7 @@ class TestModes:
         tables_of(toy_results(cells=("eta-0.025", "eta-random-0.025"), metrics=FEW), tmp_path)
         assert (tmp_path / "fixed_against_random.csv").exists()
         page = page_of(toy_results(cells=("clean", "eta-0.05"), metrics=FEW), tmp_path)
-        assert "There is no table of fixed against random: no two settings" in page
+        assert "There is no table of fixed against random: no two cells" in page
         assert "## Fixed against" not in page and not (tmp_path / "fixed_against_random.csv").exists()
 
 
@@ -279,14 +287,36 @@ class TestRuns:
         results, tables, page, _ = whole
         table = tables["Runs that failed or are missing"]
         reason = "train_class_cond.py: --cep_gamma must be at least 0, but is -1."
-        assert sorted(table.lines) == [
-            ["CEP-G, γ = 1", "3, 4", "failed", "2", reason],
+        assert table.lines == [
             ["dropout, p = 0.1", "1", "failed", "2", reason],
-            ["label smoothing, 0.1", "0, 1, 2, 3, 4", "missing", "0", "not run yet"],
+            ["CEP-G, γ = 1", "3, 4", "failed", "2", reason],
+            ["label smoothing, 0.1", "0–4", "missing", "0", "not run yet"],
         ]
         assert table.caption.startswith("8 runs of 80;")
         assert "80 runs: 72 done, 3 failed and 5 missing ([why](#runs-that-failed-or-are-missing))" in page
         assert "## Runs that failed or are missing\n" in page
+
+    def test_cells_that_lack_the_same_seeds_are_one_line(self):
+        cells = ("clean", "ip", "cep-u-1")
+        missing = [(cell, seed) for cell in cells for seed in (1, 2, 3)] + [("clean", 4), ("ip", 4)]
+        failed = [("cep-u-1", 4)]
+        table = run_table(toy_results(cells=cells, blocks=("ldm", "dit"), missing=missing, failed=failed))
+        assert [line[:4] for line in table.lines] == [
+            ["ldm", "CEP-U, γ = 1", "4", "failed"],
+            ["dit", "CEP-U, γ = 1", "4", "failed"],
+            ["ldm", "clean; IP, γ = 0.1", "1–4", "missing"],
+            ["ldm", "CEP-U, γ = 1", "1–3", "missing"],
+            ["dit", "clean; IP, γ = 0.1", "1–4", "missing"],
+            ["dit", "CEP-U, γ = 1", "1–3", "missing"],
+        ]
+        table = run_table(toy_results(cells=cells, missing=[(cell, seed) for cell in cells for seed in (1, 2, 3)]))
+        assert [line[:2] for line in table.lines] == [["all cells", "1–3"]]
+
+    @pytest.mark.parametrize(
+        ("numbers", "text"), [([3], "3"), ([4, 3], "3, 4"), ([0, 2, 3, 4, 9, 10], "0, 2–4, 9, 10"), ([], "")]
+    )
+    def test_ranges(self, numbers, text):
+        assert ranges(numbers) == text
 
     def test_reasons_are_not_merged(self):
         results = toy_results(cells=("clean", "ip"), failed=[("ip", 0), ("ip", 1)])
@@ -300,15 +330,15 @@ class TestRuns:
         results = toy_results(cells=("clean", "ip"), metrics=FEW)
         assert run_table(results) is None
         page = page_of(results, tmp_path)
-        assert "2 settings, 5 seeds of training (0, 1, 2, 3, 4); 10 runs, all done." in page and "## Runs" not in page
+        assert "2 cells, 5 seeds (0–4) of training and drawing; 10 runs, all done." in page and "## Runs" not in page
 
     def test_nothing_at_all(self, tmp_path):
         results = toy_results(
             cells=("clean", "ip"), missing=[(cell, seed) for cell in ("clean", "ip") for seed in range(5)]
         )
-        tables = write_tables(results, tmp_path)
+        tables = written(results, tmp_path)
         assert [table.title for table in tables] == ["Runs that failed or are missing"]
-        assert "No run has values yet." in (tmp_path / "results.md").read_text()
+        assert "No run has values yet." in page_of(results, tmp_path)
         assert len(pd.read_csv(tmp_path / "results.csv")) == 10
 
 
@@ -317,18 +347,16 @@ class TestBlocks:
         results = toy_results(blocks=("ldm", "dit"), cells=("clean", "ip"), metrics=FEW, failed=[("ip", 2)])
         tables = tables_of(results, tmp_path)
         assert list(tables)[:4] == [
-            "Every setting, guidance scale 2.25 (ldm)",
+            "All cells, guidance scale 2.25 (ldm)",
             "Regularizers, guidance scale 2.25 (ldm)",
-            "Every setting, guidance scale 1 (ldm)",
-            "Every setting, guidance scale 4 (ldm)",
+            "All cells, guidance scale 1 (ldm)",
+            "All cells, guidance scale 4 (ldm)",
         ]
         runs = tables["Runs that failed or are missing"]
         assert [line[:3] for line in runs.lines] == [["ldm", "IP, γ = 0.1", "2"], ["dit", "IP, γ = 0.1", "2"]]
-        page = (tmp_path / "results.md").read_text()
-        assert page.index("\n## ldm\n") < page.index("\n### Every setting") < page.index("\n## dit\n")
-        one, other = (
-            texts(tables[f"Every setting, guidance scale 2.25 ({block})"], "FID ↓") for block in ("ldm", "dit")
-        )
+        page = page_of(results, tmp_path)
+        assert page.index("\n## ldm\n") < page.index("\n### All cells") < page.index("\n## dit\n")
+        one, other = (texts(tables[f"All cells, guidance scale 2.25 ({block})"], "FID ↓") for block in ("ldm", "dit"))
         assert set(one) == set(other) and one != other
 
     def test_pairs_are_the_blocks_own(self, tmp_path):
@@ -360,20 +388,37 @@ class TestPage:
         _, tables, page, _ = whole
         table = tables["Fidelity, guidance scale 2.25"]
         line = next(line for line in table.lines if line[0] == "CEP-U, γ = 2")
-        assert f"{line[2]} ▼" in page and all(sentence in page for sentence in LEGEND)
+        assert f"{line[2]} ✗" in page and all(sentence in page for sentence in LEGEND)
         assert all(f"{mark} " in LEGEND[1] for mark in filter(None, MARKS.values()))
 
     def test_other_guidance_scales_are_folded(self, whole):
         page = whole[2]
         folded = re.findall(r"<details>\n<summary>(.+?)</summary>\n\n(.+?)</details>\n\n", page, re.S)
         assert [title for title, _ in folded] == ["Guidance scale 1", "Guidance scale 4"]
-        assert all(inside.count("\n| setting") == 3 for _, inside in folded)
+        assert all(inside.count("\n| cell") == 3 for _, inside in folded)
 
-    def test_ends_with_the_command(self, whole, tmp_path):
+    def test_ends_with_the_command(self, whole):
         assert whole[2].endswith("```bash\npython study.py studies/toy.yaml\n```\n")
+
+    def test_figures_stand_after_the_tables_at_the_reports_scale(self, tmp_path):
+        results = toy_results(blocks=("ldm", "dit"), cells=("clean", "ip"), metrics=FEW)
+        path = tmp_path / "figures" / "fid-dit.png"
+        page = page_of(results, tmp_path, [Figure("fid-dit", "FID: dit", "A line.", path, "0.5 [0.4, 0.6]", "dit")])
+        shown = "### Figures\n\n#### FID: dit\n\n![0.5 \\[0.4, 0.6\\]](figures/fid-dit.png)\n\nA line.\n\n<details>"
+        assert page.count("figures/") == 1
+        assert page.index("### All cells, guidance scale 2.25 (dit)") < page.index(shown) < page.index("1 (dit)")
+
+    def test_links_what_lies_beside_it(self, whole):
+        assert re.findall(r"\[(\S+)\]\(([^\s)]+)\)", whole[2]) == [
+            ("why", "#runs-that-failed-or-are-missing"),
+            *((name, name) for name in ("results.csv", "summary.csv", "report.html")),
+        ]
+
+    def test_no_path_of_this_machine_is_in_it(self, tmp_path):
         results = toy_results(cells=("clean",), metrics=FEW)
-        results.study.path = tmp_path / "my study.yaml"
-        assert page_of(results, tmp_path).endswith(f"python study.py '{tmp_path}/my study.yaml'\n```\n")
+        change_study(results, path=STUDIES / "toy.yaml")
+        page = page_of(results, tmp_path)
+        assert str(STUDIES.parent) not in page and page.endswith("python study.py studies/toy.yaml\n```\n")
 
     def test_nothing_of_a_reason_is_lost(self, tmp_path):
         results = toy_results(cells=("clean",), metrics=FEW, failed=[("clean", 0)])
@@ -386,25 +431,20 @@ class TestFiles:
     def test_results_hold_every_number(self, whole):
         results, _, _, folder = whole
         found = pd.read_csv(folder / "results.csv", keep_default_na=False, dtype={"seed": int})
-        assert found.columns.tolist() == [
-            *CELL,
-            "seed",
-            "guidance_scale",
-            "metric",
-            "value",
-            "status",
-            "attempts",
-            "reason",
-        ]
-        final = results.values[results.values["step"].isna()]
-        with_metric = found[found["metric"] != ""]
-        key = ["cell", "seed", "guidance_scale", "metric"]
-        both = with_metric.astype({"guidance_scale": float, "value": float}).merge(
-            final, on=key, suffixes=("", "_given")
-        )
-        assert len(both) == len(final) == len(with_metric) and (both["value"] == both["value_given"]).all()
-        for name in ("kind", "type", "mode", "strength", "title"):
-            assert (both[name] == both[f"{name}_given"]).all()
+        names = ["block", "cell", "seed", "guidance_scale", "step", "metric", "value", "status", "attempts", "reason"]
+        assert found.columns.tolist() == names
+        given, key = results.values, ["cell", "seed", "guidance_scale", "step", "metric"]
+        with_metric = found[found["metric"] != ""].astype({"guidance_scale": float, "value": float})
+        with_metric["step"] = with_metric["step"].map(lambda text: int(text) if text else pd.NA).astype("Int64")
+        both = with_metric.merge(given, on=key, suffixes=("", "_given"))
+        assert len(both) == len(given) == len(with_metric) and set(both["step"].dropna()) == {500}
+        assert both["value"].tolist() == pytest.approx(both["value_given"].tolist(), rel=1e-7)
+
+    def test_numbers_have_the_digits_of_float32(self, tmp_path):
+        results = toy_results(cells=("clean",), metrics=("fid",), guidance_scales=(1.0,), seeds=(0,))
+        results.values["value"] = 1 / 3
+        written(results, tmp_path)
+        assert (tmp_path / "results.csv").read_text().splitlines()[1] == ",clean,0,1,,fid,0.33333333,done,1,"
 
     def test_results_hold_every_run_without_numbers(self, whole):
         found = pd.read_csv(whole[3] / "results.csv", keep_default_na=False)
@@ -417,7 +457,6 @@ class TestFiles:
             ("dropout", 1),
         ]
         assert failed["reason"].str.startswith("train_class_cond.py: --cep_gamma").all()
-        assert failed["kind"].tolist() != [""] * 3
 
     def test_values_that_are_not_finite_are_not_zero(self):
         results = toy_results(cells=("clean",), metrics=("fid",), guidance_scales=(1.0,), seeds=(0, 1))
@@ -431,11 +470,11 @@ class TestFiles:
         found, expected = pd.read_csv(folder / "summary.csv", keep_default_na=False), compare(results.values)
         assert found.columns.tolist() == expected.columns.tolist() and len(found) == len(expected)
         assert found["verdict"].tolist() == expected["verdict"].tolist()
-        assert found["mean"].astype(float).tolist() == pytest.approx(expected["mean"].tolist(), rel=1e-12)
+        assert found["mean"].astype(float).tolist() == pytest.approx(expected["mean"].tolist(), rel=1e-7)
 
     def test_same_results_give_the_same_bytes(self, whole, tmp_path):
         results, _, _, folder = whole
-        write_tables(results, tmp_path)
+        page_of(results, tmp_path)
         names = {"results.csv", "summary.csv", "fixed_against_random.csv", "results.md"}
         assert {path.name for path in tmp_path.iterdir()} == names
         assert all((tmp_path / name).read_bytes() == (folder / name).read_bytes() for name in names)
@@ -443,4 +482,6 @@ class TestFiles:
     def test_a_folder_that_cannot_be_is_refused(self, tmp_path):
         (tmp_path / "file").write_text("")
         with pytest.raises(InputError, match="while writing the tables"):
-            write_tables(toy_results(cells=("clean",), metrics=FEW), tmp_path / "file" / "tables")
+            written(toy_results(cells=("clean",), metrics=FEW), tmp_path / "file" / "tables")
+        with pytest.raises(InputError, match="while writing the tables"):
+            write_page(toy_results(cells=("clean",), metrics=FEW), [], [], tmp_path / "file" / "tables")
