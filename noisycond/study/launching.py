@@ -176,6 +176,7 @@ class Launch:
                 self.launcher.terminate()
             _send(children - self._asked, signal.SIGTERM)
             self._asked |= children
+            self.started |= children  # who may outlive the launcher before the next look
 
     def _kill(self) -> None:
         _send(self.started, signal.SIGKILL)

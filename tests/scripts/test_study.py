@@ -18,13 +18,14 @@ SAID = {
         "max_train_samples": 64,
         "validation_images_per_class": 1,
         "validation_inference_steps": 1,
-        "eval_steps": 2,
+        "eval_steps": 1,
         "eval_num_images": 20,
         "eval_metrics": ["fid"],
     },
     "seeds": [0],
     "cells": {
         "clean": {},
+        "noisy": {"corruption_ratio": 0.2},
         "planted": {"corruption_ratio": 0.1, "pretrained_vae_model_name_or_path": "/nowhere"},
         "refused": {"corruption_ratio": 1.5},
     },
@@ -57,11 +58,12 @@ def test_failing_cells_are_in_the_table_and_stop_no_other(ran):
         lines = list(csv.DictReader(file))
     assert {(line["cell"], line["status"]) for line in lines} == {
         ("clean", "done"),
+        ("noisy", "done"),
         ("planted", "failed"),
         ("refused", "failed"),
     }
     of_clean = [line for line in lines if line["cell"] == "clean"]
-    assert {line["step"] for line in of_clean} == {"", "2"}
+    assert {line["step"] for line in of_clean} == {"", "1", "2"}
     values = {line["metric"]: float(line["value"]) for line in of_clean if not line["step"]}
     assert values.keys() == {"fid", "recall"} and values["fid"] > 0
     reasons = {line["cell"]: line["reason"] for line in lines}
@@ -77,7 +79,7 @@ def test_the_report_holds_the_figures_and_the_commands(ran):
     folder, _ = ran
     report = (folder / "out" / "report.html").read_text()
     assert "data:image/" in report and "/nowhere" in report
-    assert "accelerate launch evaluate_model.py --pipeline clean=" in report
+    assert "accelerate launch evaluate_model.py " in report and "--pipeline clean-seed-0=" in report
 
 
 def test_a_study_that_is_done_launches_nothing_and_a_report_can_be_written_elsewhere(ran, capsys):
@@ -95,7 +97,7 @@ def test_a_result_says_how_it_was_made(ran):
     (path,) = (folder / "out" / "results").glob("clean-seed-0-*.json")
     record = json.loads(path.read_text())
     assert record["rows"][0]["num_images"] == 20
-    assert [(row["step"], row["guidance_scale"]) for row in record["curve"]] == [(2, 2.0)]
+    assert [(row["step"], row["guidance_scale"]) for row in record["curve"]] == [(1, 2.0), (2, 2.0)]
     assert set(record["seconds"]) == {"train_class_cond", "evaluate_model"}
     assert record["curve_choices"]["num_images"] == 20 and record["curve_choices"]["reference"]["name"] == "digits"
     assert record["image_choices"]["generated"]["num_inference_steps"] == 1
@@ -134,5 +136,5 @@ def test_a_flag_that_no_script_knows_is_refused_before_anything_runs(tmp_path, c
 def test_a_dry_run_prints_the_commands(tmp_path, capsys):
     call("study", write(tmp_path), "--dry_run", "--output_dir", "out")
     printed = capsys.readouterr().out
-    assert printed.count("accelerate launch train_class_cond.py --recipe digits_dit_mini") == 3
+    assert printed.count("accelerate launch train_class_cond.py --recipe digits_dit_mini") == 4
     assert not (ROOT / "out").exists()
