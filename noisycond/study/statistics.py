@@ -97,6 +97,32 @@ def compare(values: pd.DataFrame) -> pd.DataFrame:
     return _judged(found)
 
 
+def at_best_guidance(values: pd.DataFrame, metric: str) -> pd.DataFrame:
+    """Final models, each cell at the guidance scale where the mean of a metric over its seeds is best: a cell that is
+    better than clean at one scale may only want another.
+
+    The scale is chosen by the same runs that are then compared, of clean as of every other cell: means are a little
+    too good, and alike so.
+
+    Args:
+        values: as [`compare`] takes them. metric: one that has a better way.
+
+    Returns:
+        The values there, `guidance_scale` NaN, with a column `best_scale`; of cells that were measured at two scales
+        at least.
+    """
+    values = _checked(values)
+    values = values[values["step"].isna() & values["guidance_scale"].notna()]
+    means = values[values["metric"] == metric].groupby(["block", "cell", "guidance_scale"], sort=False)["value"].mean()
+    means = means.dropna().reset_index(name="mean")
+    sign = 1 if metric_of(metric).better == "lower" else -1
+    best = means.assign(mean=sign * means["mean"]).sort_values(["mean", "guidance_scale"], kind="stable")
+    several = means.groupby(["block", "cell"])["guidance_scale"].transform("size") > 1
+    best = best[several.reindex(best.index)].drop_duplicates(["block", "cell"])
+    found = values.merge(best[["block", "cell", "guidance_scale"]], on=["block", "cell", "guidance_scale"])
+    return found.assign(best_scale=found["guidance_scale"], guidance_scale=np.nan)
+
+
 def compare_modes(values: pd.DataFrame) -> pd.DataFrame:
     """Differences random - fixed, of final models, between cells that are alike in all but the mode.
 

@@ -18,7 +18,7 @@ from noisycond.evaluation.metrics import METRICS, metric_of
 from noisycond.markdown import INCONCLUSIVE, MISSING, WIDE, escaped, listed, markdown_table
 from noisycond.run_folder import write_atomically
 from noisycond.study import selection
-from noisycond.study.statistics import compare_modes
+from noisycond.study.statistics import at_best_guidance, compare, compare_modes
 
 
 if TYPE_CHECKING:
@@ -59,6 +59,7 @@ HEADLINE = (
     *("entropy", "memorization_ratio", "class_agreement", "clip_score"),
 )
 NUMBERS = "%.8g"  # of CSV files: float32 has seven digits
+JUDGED_BY = "fid"  # the metric that a cell's best guidance scale is chosen by
 FAILED = "Runs that failed or are missing"
 NO_VALUES = "No run has values yet."
 NO_REGULARIZERS = (
@@ -116,7 +117,10 @@ def write_tables(results, summary: pd.DataFrame, folder: str | Path) -> list[Tab
         else:  # an earlier one would be of other cells
             (folder / "fixed_against_random.csv").unlink(missing_ok=True)
     numbers, runs = _Numbers(results, summary, modes), run_table(results)
-    tables = [table for block in _blocks(results.study) for table in _tables(numbers, block)]
+    best = at_best_guidance(results.values, JUDGED_BY)
+    at_best = _Numbers(replace(results, values=best), compare(best), modes.iloc[:0])
+    scales = {(line.block, line.cell): line.best_scale for line in best.itertuples(index=False)}
+    tables = [table for block in _blocks(results.study) for table in _tables(numbers, at_best, scales, block)]
     return tables if runs is None else [*tables, runs]
 
 
@@ -198,13 +202,17 @@ def _blocks(study) -> list[str]:
     return list(dict.fromkeys(cell.block for cell in study.cells))
 
 
-def _tables(numbers: "_Numbers", block: str) -> list[Table]:
-    """Those of a block."""
+def _tables(numbers: "_Numbers", at_best: "_Numbers", scales: dict[tuple, float], block: str) -> list[Table]:
+    """Those of a block. Args: at_best, scales: of each cell at its best guidance scale, and that scale."""
     places = numbers.places(block)
     if not places:
         return []
     first, *others = places
-    extra = (_regularizer_table(numbers, block, first), _mode_table(numbers, block, first))
+    extra = (
+        _best_table(at_best, scales, block),
+        _regularizer_table(numbers, block, first),
+        _mode_table(numbers, block, first),
+    )
     folded = [
         replace(table, folded=_place_title(place).capitalize())
         for place in others
@@ -287,6 +295,26 @@ def _main_tables(numbers: _Numbers, block: str, place: float | None) -> list[Tab
         _table(numbers, _title(group, block, place), caption, block, place, numbers.cells(block), names)
         for group, names in groups.items()
     ]
+
+
+def _best_table(numbers: _Numbers, scales: dict[tuple, float], block: str) -> Table | None:
+    """Each cell at its own best guidance scale; None where no cell was measured at several."""
+    cells = [cell for cell in numbers.cells(block) if numbers.seeds(block, cell, None)]
+    metrics = _headline(numbers.metrics(block, None))
+    if not cells or JUDGED_BY not in metrics:
+        return None
+    title = metric_of(JUDGED_BY).title
+    caption = (
+        f"Each cell at the guidance scale where its mean {title} is best, compared with clean at its own. Mean ± "
+        f"standard deviation over seeds, of {numbers.decided}. The scales are chosen by these same runs, so all means "
+        "are a little too good."
+    )
+    table = _table(numbers, "", caption, block, None, cells, metrics)
+    lines = [[name, f"{scales[block, cell]:g}", *rest] for cell, (name, *rest) in zip(cells, table.lines, strict=True)]
+    marks = [[first, "", *rest] for first, *rest in table.marks]
+    head = [table.head[0], "guidance scale", *table.head[1:]]
+    name = f"At the best guidance scale of each cell, by {title}" + (f" ({block})" if block else "")
+    return replace(table, title=name, head=head, lines=lines, marks=marks)
 
 
 def _regularizer_table(numbers: _Numbers, block: str, place: float | None) -> Table | None:

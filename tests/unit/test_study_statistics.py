@@ -9,7 +9,7 @@ from scipy import stats
 from study_results import COLUMNS, frame, toy_results
 
 from noisycond.errors import InputError
-from noisycond.study.statistics import clean_cells, compare, compare_modes
+from noisycond.study.statistics import at_best_guidance, clean_cells, compare, compare_modes
 
 
 def cell(label: str, values, first_seed=0, **other) -> list[dict]:
@@ -308,3 +308,28 @@ def test_chance_alone_is_called_a_difference_as_rarely_as_promised():
     assert abs((tested["p"] < 0.05).mean() - 0.05) < 3 * math.sqrt(0.05 * 0.95 / studies)
     false = (tested["verdict"] != "inconclusive").groupby(tested["block"]).any().mean()
     assert 0.02 < false < 0.05 + 3 * math.sqrt(0.05 * 0.95 / studies)
+
+
+def test_each_cell_at_the_guidance_scale_where_it_is_best():
+    """Clean is best at 1, the other at 4: by the mean over seeds, not by a single one."""
+    fid = {"clean": {1.0: (2.0, 3.0), 4.0: (1.0, 9.0)}, "eta": {1.0: (5.0, 5.0), 4.0: (4.0, 2.0)}}
+    lines = [
+        {"cell": cell, "kind": kind, "seed": seed, "guidance_scale": scale, "metric": metric, "value": value}
+        for cell, kind in (("clean", "clean"), ("eta", "corruption"))
+        for scale, values in fid[cell].items()
+        for seed, value in enumerate(values)
+        for metric, value in (("fid", value), ("recall", value / 10))
+    ]
+    same = {"block": "", "type": "", "mode": "", "strength": 0.0, "title": "x", "step": pd.NA}
+    values = pd.DataFrame([same | line for line in lines])
+    # Neither an evaluation while training nor what has no guidance scale is looked at, nor a cell of one scale.
+    more = [same | lines[0] | {"step": 5, "value": 0.0}, same | lines[0] | {"guidance_scale": np.nan, "value": 0.0}]
+    more += [same | lines[0] | {"cell": "alone", "kind": "cep"}]
+    found = at_best_guidance(pd.concat([values, pd.DataFrame(more)], ignore_index=True), "fid")
+    assert found["guidance_scale"].isna().all()
+    of_fid = found[found["metric"] == "fid"]
+    assert of_fid.groupby("cell")["value"].apply(list).to_dict() == {"clean": [2.0, 3.0], "eta": [4.0, 2.0]}
+    assert found.groupby("cell")["best_scale"].unique().map(list).to_dict() == {"clean": [1.0], "eta": [4.0]}
+    assert sorted(found[found["metric"] == "recall"]["value"]) == [0.2, 0.2, 0.3, 0.4]
+    compared = compare(found).set_index(["cell", "metric"])
+    assert compared.loc[("eta", "fid"), "difference"] == pytest.approx(0.5)

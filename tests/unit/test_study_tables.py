@@ -1,5 +1,6 @@
 """Tables say what the numbers say, whom they compare with whom, and what is not there."""
 
+import dataclasses
 import io
 import math
 import re
@@ -124,9 +125,8 @@ class TestMain:
 class TestPlaces:
     def test_the_reports_stands_first(self, tmp_path):
         results = toy_results(cells=("clean",), metrics=FEW, guidance_scales=(4.0, 1.0, 2.25))
-        assert list(tables_of(results, tmp_path)) == [
-            f"All cells, guidance scale {scale}" for scale in ("2.25", "1", "4")
-        ]
+        titles = [title for title in tables_of(results, tmp_path) if title.startswith("All cells")]
+        assert titles == [f"All cells, guidance scale {scale}" for scale in ("2.25", "1", "4")]
 
     def test_the_nearest_where_it_was_not_measured(self, tmp_path):
         results = toy_results(cells=("clean",), metrics=FEW, guidance_scales=(1.0, 4.0))
@@ -346,8 +346,9 @@ class TestBlocks:
     def test_each_has_its_tables(self, tmp_path):
         results = toy_results(blocks=("ldm", "dit"), cells=("clean", "ip"), metrics=FEW, failed=[("ip", 2)])
         tables = tables_of(results, tmp_path)
-        assert list(tables)[:4] == [
+        assert list(tables)[:5] == [
             "All cells, guidance scale 2.25 (ldm)",
+            "At the best guidance scale of each cell, by FID (ldm)",
             "Regularizers, guidance scale 2.25 (ldm)",
             "All cells, guidance scale 1 (ldm)",
             "All cells, guidance scale 4 (ldm)",
@@ -485,3 +486,23 @@ class TestFiles:
             written(toy_results(cells=("clean",), metrics=FEW), tmp_path / "file" / "tables")
         with pytest.raises(InputError, match="while writing the tables"):
             write_page(toy_results(cells=("clean",), metrics=FEW), [], [], tmp_path / "file" / "tables")
+
+
+def test_each_cell_is_also_shown_at_its_own_best_guidance_scale(tmp_path):
+    results = toy_results(metrics=FEW)
+    best = {"clean": 4.0, "eta-0.025": 1.0}
+    values = results.values.copy()
+    for cell, scale in best.items():  # so that each is best there, by far
+        there = (values["cell"] == cell) & (values["guidance_scale"] == scale) & (values["metric"] == "fid")
+        values.loc[there, "value"] -= 0.9 * values.loc[there, "value"].min()
+    tables = tables_of(dataclasses.replace(results, values=values), tmp_path)
+    table = tables["At the best guidance scale of each cell, by FID"]
+    lines = {line[0]: line for line in table.lines}
+    assert table.head[:4] == ["cell", "guidance scale", "n", "FID ↓"]
+    assert (lines["clean"][1], lines["η = 2.5 %"][1]) == ("4", "1")
+    of_clean = values[(values["cell"] == "clean") & (values["metric"] == "fid")]
+    found = of_clean.loc[of_clean["guidance_scale"] == 4, "value"]
+    assert lines["clean"][3] == f"{found.mean():.2f} ± {found.std():.2f}"
+    assert all(len(marks) == len(line) for marks, line in zip(table.marks, table.lines, strict=True))
+    assert table.marks[table.lines.index(lines["clean"])] == [""] * len(table.head)
+    assert "the best" not in " ".join(tables_of(toy_results(metrics=FEW, guidance_scales=(2.25,)), tmp_path))
