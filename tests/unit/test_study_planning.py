@@ -6,8 +6,9 @@ import pytest
 import yaml
 
 from noisycond.errors import InputError
+from noisycond.run_folder import MAY_CHANGE
 from noisycond.study.definition import Stage
-from noisycond.study.planning import identity_of, plan_runs, refuse_unknown_flags
+from noisycond.study.planning import NOT_IN_IDENTITY, identity_of, plan_runs, refuse_unknown_flags
 from noisycond.study.reading import read_study
 
 
@@ -83,6 +84,11 @@ def test_the_identity_is_that_of_the_content(tmp_path):
         identity(recipe="digits_ldm", cep_gamma=0, eval_metrics=["fid", "kid"]),
     ]
     assert len({here, *others}) == 1 + len(others)
+
+
+def test_an_identity_leaves_out_what_a_resumed_run_may_change_alone():
+    """And what an evaluation only draws or hands on beside its numbers."""
+    assert {"figures", "update_card", "save_stats"} == NOT_IN_IDENTITY - MAY_CHANGE
 
 
 def test_a_small_file_counts_by_its_content(tmp_path):
