@@ -495,7 +495,9 @@ def known_classes(pipeline: DiffusionPipeline) -> int | None:
 def fingerprint(pipeline: DiffusionPipeline) -> str:
     """A hash of all weights, vocabularies and the scheduler's configuration: what images depend on beside the
     arguments."""
-    digest = hashlib.sha256(json.dumps(dict(pipeline.scheduler.config), sort_keys=True, default=str).encode())
+    # Which values a scheduler was not given is listed in another order in every process, and changes no image.
+    config = {name: value for name, value in pipeline.scheduler.config.items() if name != "_use_default_values"}
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
     for name, component in sorted(pipeline.components.items()):
         if isinstance(component, torch.nn.Module):
             digest.update(name.encode() + state_hash(component).encode())

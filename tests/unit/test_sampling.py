@@ -7,7 +7,12 @@ import numpy as np
 import pytest
 import text_pipelines
 import torch
-from diffusers import LatentConsistencyModelPipeline, StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
+from diffusers import (
+    DPMSolverMultistepScheduler,
+    LatentConsistencyModelPipeline,
+    StableDiffusionImg2ImgPipeline,
+    StableDiffusionPipeline,
+)
 from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
 from diffusers.utils import is_torchsde_available
 from PIL import Image
@@ -65,6 +70,19 @@ def test_the_fingerprint_follows_the_vocabulary(folders):
     before = sampling.fingerprint(pipeline)
     assert sampling.fingerprint(sampling.open_pipeline(str(folders["sd"]))) == before
     pipeline.tokenizer.add_tokens(["cat"])
+    assert sampling.fingerprint(pipeline) != before
+
+
+def test_the_fingerprint_of_another_scheduler_is_that_of_its_values(folders):
+    """Diffusers lists what was left at its default in the order of a set, another one in every process."""
+    pipeline = sampling.open_pipeline(str(folders["sd"]))
+    scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
+    pipeline.scheduler, listed = scheduler, list(scheduler.config["_use_default_values"])
+    before = sampling.fingerprint(pipeline)
+    assert len(listed) > 1
+    scheduler.register_to_config(_use_default_values=listed[::-1])
+    assert sampling.fingerprint(pipeline) == before
+    scheduler.register_to_config(solver_order=3)
     assert sampling.fingerprint(pipeline) != before
 
 
