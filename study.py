@@ -16,6 +16,7 @@ from pathlib import Path
 
 
 try:
+    from noisycond import hardware
     from noisycond.arguments import flag, parse_arguments
     from noisycond.errors import one_sentence_errors, require, writing
     from noisycond.study.definition import Study
@@ -98,8 +99,7 @@ def make_launcher(args: StudyArguments, study: Study) -> Launcher:
 
     count = torch.cuda.device_count()
     if not count:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        return cpu_launcher(cores, study.processes, args.jobs)
+        return cpu_launcher(hardware.cores(), study.processes, args.jobs)
     require(
         study.processes <= count,
         f"{study.path}: `processes` is {study.processes}, but there are {count} GPUs here; with fewer, write "

@@ -90,8 +90,8 @@ def check_launch(on_gpu: bool) -> None:
                 f"{asks} {what}, which needs GPUs, and none is used here. {config}",
             )
         require(
-            here <= max(2, _cores()),
-            f"{asks} {here} processes on this machine, but it has no GPU and {_cores()} CPU cores. {config}",
+            here <= max(2, cores()),
+            f"{asks} {here} processes on this machine, but it has no GPU and {cores()} CPU cores. {config}",
         )
     require(
         os.environ.get("ACCELERATE_MIXED_PRECISION") != "fp8",
@@ -151,7 +151,8 @@ def _check_fsdp() -> None:
     )
 
 
-def _cores() -> int:
+def cores() -> int:
+    """The CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -219,7 +220,7 @@ def set_threads(wanted: int | None = None) -> None:
     Otherwise the cores are shared among the processes of this machine.
     """
     if wanted is None and not _user_set_threads():
-        wanted = max(1, _cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+        wanted = max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     if wanted is not None:
         torch.set_num_threads(wanted)
 

@@ -33,7 +33,7 @@ def reason_of(log: Path, status: int, start: int = 0) -> tuple[str, bool]:
     # The launcher adds a traceback of its own, which says nothing.
     ours = [line for line in lines if line and "CalledProcessError" not in line]
     raised = [line for line in ours if re.match(r"^[\w.]*(Error|Exception|Interrupt|Exit)\b.*", line)]
-    last = raised[-1] if raised else (ours[-1] if ours and not raised else "nothing was printed")
+    last = (raised or ours or ["nothing was printed"])[-1]
     if status < 0:
         last = f"ended by {signal.Signals(-status).name}; last: {last}"
     return f"{last[:300]} (status {status}, log: {log})", False

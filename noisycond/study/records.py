@@ -1,7 +1,6 @@
 """The result of a run as a file: what its steps left, by which versions and hardware, and a picture of samples."""
 
 import json
-import os
 import platform
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -11,6 +10,7 @@ from typing import Literal
 
 from PIL import Image
 
+from noisycond import hardware
 from noisycond.errors import in_one_line
 from noisycond.evaluation.figures import first_of_classes
 from noisycond.evaluation.images import Resize, open_images, read_image
@@ -144,11 +144,10 @@ def environment() -> dict[str, str]:
     """Versions and hardware, as text."""
     found = {name: version for name in PACKAGES if (version := version_of(name)) is not None}
     found["torch-fidelity"] = version_of("torch-fidelity") or ""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return found | {
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
-        "cores": str(cores),
+        "cores": str(hardware.cores()),
         "devices": _devices(),
     }
 
