@@ -486,10 +486,25 @@ def known_classes(pipeline: DiffusionPipeline) -> int | None:
     """
     if getattr(pipeline, "class_embedder", None) is not None:
         return pipeline.class_embedder.null_class
+    table = _dit_table(pipeline)
+    return None if table is None else int((table != table[-1]).any(dim=1).nonzero().max()) + 1
+
+
+def class_embeddings(pipeline: DiffusionPipeline) -> torch.Tensor | None:
+    """The embeddings of the classes, without the null embedding: [K, D] on the CPU; None like [`known_classes`]."""
+    classes = known_classes(pipeline)
+    if classes is None:
+        return None
+    table = _dit_table(pipeline)
+    table = pipeline.class_embedder.embedding.weight if table is None else table
+    return table[:classes].detach().cpu()
+
+
+def _dit_table(pipeline: DiffusionPipeline) -> torch.Tensor | None:
+    """The class table of a pipeline built on a DiT (that of its first block), null embeddings included."""
     if not isinstance(getattr(pipeline, "transformer", None), DiTTransformer2DModel):
         return None
-    table = pipeline.transformer.transformer_blocks[0].norm1.emb.class_embedder.embedding_table.weight
-    return int((table != table[-1]).any(dim=1).nonzero().max()) + 1
+    return pipeline.transformer.transformer_blocks[0].norm1.emb.class_embedder.embedding_table.weight
 
 
 def fingerprint(pipeline: DiffusionPipeline) -> str:
