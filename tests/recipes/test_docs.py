@@ -15,6 +15,11 @@ from noisycond.evaluation.options import MetricArguments
 from noisycond.launch import split_command
 from noisycond.recipes import recipe_names
 from noisycond.study.reading import read_study
+from noisycond.theory.__main__ import TheoryArguments
+from noisycond.theory.curves import best_eta, best_gamma
+from noisycond.theory.embedding import EmbeddingArguments
+from noisycond.theory.guidance import best_under_guidance, pooled_squared_w2
+from noisycond.theory.mixture import Mixture
 
 
 CEP_EVERYWHERE = (ROOT / "docs/cep_everywhere.md").read_text(encoding="utf-8")
@@ -26,6 +31,7 @@ METRICS_PAGE = (ROOT / "docs/metrics.md").read_text(encoding="utf-8")
 TEXT_PAGE = (ROOT / "docs/text_to_image.md").read_text(encoding="utf-8")
 DISTILLATION = (ROOT / "docs/distillation.md").read_text(encoding="utf-8")
 PERSONALIZATION = (ROOT / "docs/personalization.md").read_text(encoding="utf-8")
+THEORY = (ROOT / "docs/theory.md").read_text(encoding="utf-8")
 STUDIES_PAGE = (ROOT / "studies/README.md").read_text(encoding="utf-8")
 DIGITS_STUDY = (ROOT / "docs/digits_study.md").read_text(encoding="utf-8")
 DOCS = {
@@ -38,6 +44,7 @@ DOCS = {
     "docs/personalization.md": PERSONALIZATION,
     "studies/README.md": STUDIES_PAGE,
     "docs/digits_study.md": DIGITS_STUDY,
+    "docs/theory.md": THEORY,
 }
 DEFAULT_RECIPES = {
     "train_class_cond": "digits_dit_mini",
@@ -101,6 +108,50 @@ def test_conversion_parses(command, tmp_path, monkeypatch):
         (tmp_path / name).write_text("{}")
     words = shlex.split(command)
     parse_arguments(ConvertArguments, with_flags(words[words.index("noisycond.convert") + 1 :]))
+
+
+def test_the_commands_of_the_theory_parse_and_name_its_defaults():
+    lines = re.findall(r"^python -m noisycond\.(theory\S*) (.*)$", THEORY, re.M)
+    classes = {"theory": TheoryArguments, "theory.embedding": EmbeddingArguments}
+    assert {module for module, _ in lines} == classes.keys()
+    for module, line in lines:
+        found = parse_arguments(classes[module], shlex.split(line))
+        if module == "theory":
+            assert found == TheoryArguments()
+
+
+def test_the_tables_of_the_theory_are_what_it_computes():
+    mixture, number = Mixture.drawn(10, 8, 1.0), r"([\d.]+)"
+    rows = re.findall(rf"^\| (\d+) \| {number} \| {number} % \| {number} % \| {number} % \|$", THEORY, re.M)
+    assert len(rows) == 7
+    for samples, *told in rows:
+        gamma, eta = best_gamma(mixture, int(samples)), best_eta(mixture, int(samples))
+        found = (gamma.strength, 100 * gamma.gain, 100 * eta.strength, 100 * eta.gain)
+        _agree(told, found)
+    row = rf"^\| {number} \| {number} \| {number} \| {number} \| {number}(?: %)? \| {number} \|$"
+    rows = re.findall(row, THEORY, re.M)
+    assert [scale for scale, *_ in rows] == ["1", "1.5", "2.25", "4"]
+    for scale, *told in rows:
+        noise, flips = (best_under_guidance(mixture, float(scale), how) for how in ("gaussian", "eta"))
+        found = (noise.without, noise.strength, noise.squared_w2, 100 * flips.strength, flips.squared_w2)
+        _agree(told, found)
+
+
+def test_the_pooled_table_of_the_theory_is_what_it_computes():
+    mixture = Mixture.drawn(10, 8, 1.0)
+    columns = [{}, {"eta": 0.05}, {"eta": 0.1}, {"eta": 0.2}, {"gamma": 0.15}, {"gamma": 0.46}]
+    table = THEORY.split("| guidance scale, pooled |")[1].split("\n\n")[0]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()[2:]]
+    assert [scale for scale, *_ in rows] == ["1", "1.5", "2.25", "4"]
+    for scale, *told in rows:
+        _agree(told, [pooled_squared_w2(mixture, float(scale), **corruption) for corruption in columns])
+
+
+def _agree(told, found):
+    """Each is the number, rounded to the places that are told."""
+    for text, value in zip(told, found, strict=True):
+        places = len(text.partition(".")[2])
+        assert abs(float(text) - value) <= 0.51 * 10**-places, (text, value)
 
 
 def test_the_flags_of_conversion_are_told():
