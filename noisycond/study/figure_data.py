@@ -4,7 +4,7 @@
 """
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from pandas import DataFrame
@@ -22,11 +22,13 @@ class Point:
     """One setting at one place.
 
     Attributes:
-        x: η in %, γ, guidance scale or optimizer step. values: one per seed, in the order of the seeds.
+        x: η in %, γ, guidance scale or optimizer step; in a line of two metrics the mean of the other one.
+        values: one per seed, in the order of the seeds. x_spread: the sample standard deviation of x over seeds.
     """
 
     x: float
     values: tuple[float, ...]
+    x_spread: float = 0.0
 
     @property
     def mean(self) -> float:
@@ -40,7 +42,8 @@ class Point:
 
 @dataclass(frozen=True)
 class Line:
-    """Points from left to right. `method` has strength 0 where the line runs over strengths."""
+    """Points from left to right, of two metrics by guidance scale. `method` has strength 0 where the line runs over
+    strengths."""
 
     title: str
     method: Method
@@ -235,12 +238,26 @@ def lines_over_gamma(values: DataFrame, cells: Cells, metric: str) -> list[Line]
 
 def lines_of_cells(values: DataFrame, cells: Cells, metric: str, column: str) -> list[Line]:
     """A line for each cell over a column (`guidance_scale`, `step`); those that have two places at least."""
-    found = [(cell, method, points_over(values, cell, metric, column)) for cell, method in cells.items()]
-    return [
-        Line(cell if method.kind == "mixed" else method.title, method, points)
-        for cell, method, points in found
-        if len(points) > 1
-    ]
+    return _lines_of({cell: points_over(values, cell, metric, column) for cell in cells}, cells)
+
+
+def lines_of_two(values: DataFrame, cells: Cells, metric: str, other: str) -> list[Line]:
+    """A line for each cell: a metric over another one, from guidance scale to guidance scale; those that were measured
+    at two at least."""
+    found = {}
+    for cell in cells:
+        across = {point.x: point for point in points_over(values, cell, other, "guidance_scale")}
+        found[cell] = tuple(
+            Point(across[point.x].mean, point.values, across[point.x].spread)
+            for point in points_over(values, cell, metric, "guidance_scale")
+            if point.x in across
+        )
+    return _lines_of(found, cells)
+
+
+def _lines_of(points: Mapping[str, tuple[Point, ...]], cells: Cells) -> list[Line]:
+    titles = {cell: cell if method.kind == "mixed" else method.title for cell, method in cells.items()}
+    return [Line(titles[cell], cells[cell], found) for cell, found in points.items() if len(found) > 1]
 
 
 def points_of_modes(values: DataFrame, cells: Cells, pairs: Sequence[tuple[str, str]], metric: str) -> list[Pair]:

@@ -54,12 +54,14 @@ class Axis:
     Attributes:
         label, log: of the horizontal one. ticks: they stand at its points, where these are few.
         wide: the vertical one is logarithmic where values differ by more than a factor of ten.
+        measured: the horizontal one is a metric, too: points stand where they are, and have bars along both.
     """
 
     label: str
     log: bool = False
     ticks: bool = True
     wide: bool = False
+    measured: bool = False
 
 
 @dataclass(frozen=True)
@@ -217,7 +219,8 @@ def draw_dots(panels: Sequence[DotPanel], titles: Sequence[str], note: str, path
 def _draw_panel(axes, panel: Panel, axis: Axis, styles: Mapping[str, Style], single_seeds: bool, bands: bool) -> None:
     places = sorted({point.x for line in panel.lines for point in line.points})
     spread = any(point.spread for line in panel.lines for point in line.points)
-    move = _beside(places, len(panel.lines), axis.log) if spread and not bands else lambda x, number: x
+    apart = spread and not bands and not axis.measured
+    move = _beside(places, len(panel.lines), axis.log) if apart else lambda x, number: x
     for number, line in enumerate(panel.lines):
         style = dict(styles[line.title])
         xs = [move(point.x, number) for point in line.points]
@@ -228,7 +231,8 @@ def _draw_panel(axes, panel: Panel, axis: Axis, styles: Mapping[str, Style], sin
             axes.plot(xs, means, label=line.title, **style)
         else:
             bars = [by or math.nan for by in spreads] if spread else None
-            axes.errorbar(xs, means, bars, label=line.title, capsize=2, elinewidth=0.9, **style)
+            across = [point.x_spread or math.nan for point in line.points] if axis.measured and spread else None
+            axes.errorbar(xs, means, bars, across, label=line.title, capsize=2, elinewidth=0.9, **style)
         if single_seeds:
             for x, point in zip(xs, line.points, strict=True):
                 if len(point.values) > 1:

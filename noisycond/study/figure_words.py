@@ -128,6 +128,22 @@ def best_numbers(metric: str, lines: Sequence[Line], place: str) -> str:
     return f"{word} {METRICS[metric].title}: {found}."
 
 
+def trade_numbers(metric: str, other: str, lines: Sequence[Line], ends: str) -> str:
+    """Of each line the ends, a metric at a value of another one.
+
+    Args:
+        ends: which those are.
+    """
+    found = "; ".join(
+        f"{line.title} "
+        + ", ".join(
+            f"{number(metric, end.mean)} at {number(other, end.x)}" for end in line.points[:: len(line.points) - 1]
+        )
+        for line in lines
+    )
+    return f"{METRICS[metric].title} at {METRICS[other].title}, {ends}: {found}."
+
+
 def last_numbers(metric: str, lines: Sequence[Line]) -> str:
     found = {line.title: line.points[-1] for line in lines}
     last = "; ".join(f"{title} {number(metric, point.mean)} at {point.x:g}" for title, point in found.items())

@@ -41,13 +41,15 @@ if TYPE_CHECKING:
 QUALITY = ("fid", "inception_score", "clip_score")
 DIFFICULTY = ("rmd_top", "rmd_mean", "entropy")
 OVER_GUIDANCE = tuple(name for name in METRICS if name not in DIFFICULTY)
+TRADED = ("precision", "recall")
 GAMMA = ("fid", "recall", "entropy")
 COMPARED = ("fid", "inception_score", "precision", "recall")
 CONCLUSIVE = ("better", "worse", "higher", "lower")
 # Of files: what an earlier call may have left.
 NAMES = (
     *("fid_is_over_eta", "metrics_over_guidance", "metrics_over_guidance_cep", "gamma_ablation", "regularizers"),
-    *("difficulty_and_entropy_over_guidance", "fixed_against_random", "fid_over_steps", "samples"),
+    *("difficulty_and_entropy_over_guidance", "precision_over_recall", "fixed_against_random", "fid_over_steps"),
+    "samples",
 )
 
 
@@ -142,6 +144,7 @@ def draw_figures(results: "Results", summary: DataFrame, folder: str | Path) -> 
         _corruption_over_guidance,
         _cep_over_guidance,
         _difficulty_over_guidance,
+        _precision_over_recall,
         _gamma_ablation,
         _regularizers,
         _fixed_against_random,
@@ -278,6 +281,36 @@ def _over_guidance(
     )
     rows = _in_rows(list(panels.values()), 3)
     draw_lines(rows, Axis("guidance scale"), block.styles, words.note(counts), figure.path)
+    yield figure
+
+
+def _precision_over_recall(block: _Block) -> Iterator[Figure]:
+    """What guidance trades for what: a gain at one guidance scale may be what another scale would have given, too."""
+    precision, recall = TRADED
+    rows = []
+    for group in data.groups(block.cells):
+        lines = data.lines_of_two(block.final, block.clean | group, precision, recall)
+        if _beyond_clean(lines):
+            rows.append([Panel(words.heading(precision), lines)])
+    if not rows:
+        return
+    lines = list({line.title: line for row in rows for line in row[0].lines}.values())
+    counts, scales = words.counts(lines), sorted(block.final["guidance_scale"].dropna().unique())
+    ends = f"from guidance scale {scales[0]:g} to {scales[-1]:g}"
+    figure = block.figure(
+        "precision_over_recall",
+        "Precision over recall",
+        [
+            f"Precision over recall, a line for each cell{_and_clean(lines)}"
+            + (" in every row" if len(rows) > 1 and _and_clean(lines) else "")
+            + f", {ends}. Higher and further to the right is better; what acts as more or less guidance would, moves "
+            "along a line.",
+            block.bars(counts, word="bars along both axes"),
+        ],
+        words.trade_numbers(precision, recall, lines, ends),
+    )
+    axis = Axis(words.heading(recall), ticks=False, measured=True)
+    draw_lines(rows, axis, block.styles, words.note(counts), figure.path, legend_per_row=True)
     yield figure
 
 

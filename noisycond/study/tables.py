@@ -497,7 +497,7 @@ def _opening(results, runs: Table | None) -> str:
     return (
         f"`{study.path.name}`: {_count(len(study.cells), 'cell')}, {seeds}; {done}. Every number is in "
         "[results.csv](results.csv), every mean, difference from clean, interval and p in [summary.csv](summary.csv); "
-        "[report.html](report.html) has all of this on one page, with every choice that was made."
+        "`report.html`, written beside this file, has all of this on one page, with every choice that was made."
     )
 
 

@@ -34,6 +34,7 @@ ALL = [
     "metrics_over_guidance",
     "metrics_over_guidance_cep",
     "difficulty_and_entropy_over_guidance",
+    "precision_over_recall",
     "gamma_ablation",
     "regularizers",
     "fixed_against_random",
@@ -107,6 +108,20 @@ class TestLinesOfTheTable:
             ("b", 0, 1.0, None, "fid", 9.0),
         )
         assert data.points_over(values, "a", "fid", "guidance_scale") == (Point(1.0, (5.0, 6.0)), Point(4.0, (8.0,)))
+
+    def test_a_metric_over_another_one_goes_from_guidance_scale_to_guidance_scale(self):
+        values = table(
+            *(("clean", 0, 1.0, None, "recall", 0.9), ("clean", 1, 1.0, None, "recall", 0.7)),
+            *(("clean", 0, 1.0, None, "precision", 0.6), ("clean", 1, 1.0, None, "precision", 0.2)),
+            *(("clean", 0, 2.0, None, "recall", 0.5), ("clean", 0, 2.0, None, "precision", 0.8)),
+            ("clean", 0, 4.0, None, "precision", 0.9),  # there is no recall at this scale
+            *(("once", 0, 1.0, None, "recall", 0.9), ("once", 0, 1.0, None, "precision", 0.6)),
+        )
+        cells = {name: Method("clean") for name in ("clean", "once")}
+        (line,) = data.lines_of_two(values, cells, "precision", "recall")
+        first, second = line.points
+        assert (first.x, first.values, first.x_spread) == (pytest.approx(0.8), (0.6, 0.2), pytest.approx(0.02**0.5))
+        assert second == Point(0.5, (0.8,), 0.0)
 
 
 class TestCells:
@@ -382,6 +397,16 @@ class TestDrawing:
         assert bars_of(axes) == pytest.approx(ends)
         places = [dots.get_offsets().tolist() for dots in axes.collections if len(dots.get_offsets()) > 1]
         assert places == [[[1, 1], [1, 3]], [[2, 4], [2, 4], [2, 7]]]
+
+    def test_over_a_metric_points_stand_where_they_are_with_bars_along_both_axes(self, axes_of):
+        points = (Point(0.9, (1.0, 3.0), 0.05), Point(0.5, (4.0, 6.0), 0.1))
+        lines = [Line(title, Method("clean"), points) for title in ("clean", "other")]
+        style = styles_of({"clean": {}})["clean"]
+        axis, styles = Axis("recall", ticks=False, measured=True), {"clean": style, "other": style}
+        (axes,) = axes_of(draw_lines, [[Panel("precision", lines)]], axis, styles)
+        across = [0.85, 2, 0.95, 2, 0.4, 5, 0.6, 5]
+        along = [0.9, 2 - math.sqrt(2), 0.9, 2 + math.sqrt(2), 0.5, 5 - math.sqrt(2), 0.5, 5 + math.sqrt(2)]
+        assert bars_of(axes) == pytest.approx((across + along) * 2)
 
     def test_dots_stand_in_their_rows_with_their_bars_full_or_hollow(self, axes_of):
         dots = [Dot(1.0, 0.25, 0.5, colour="#123456"), None, Dot(3.0, 1.0, 1.0, filled=False)]

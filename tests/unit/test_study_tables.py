@@ -409,11 +409,12 @@ class TestPage:
         assert page.count("figures/") == 1
         assert page.index("### All cells, guidance scale 2.25 (dit)") < page.index(shown) < page.index("1 (dit)")
 
-    def test_links_what_lies_beside_it(self, whole):
+    def test_links_what_is_kept_beside_it_and_names_the_report(self, whole):
         assert re.findall(r"\[(\S+)\]\(([^\s)]+)\)", whole[2]) == [
             ("why", "#runs-that-failed-or-are-missing"),
-            *((name, name) for name in ("results.csv", "summary.csv", "report.html")),
+            *((name, name) for name in ("results.csv", "summary.csv")),
         ]
+        assert "`report.html`" in whole[2]
 
     def test_no_path_of_this_machine_is_in_it(self, tmp_path):
         results = toy_results(cells=("clean",), metrics=FEW)
