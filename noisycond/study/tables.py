@@ -209,6 +209,7 @@ def _tables(numbers: "_Numbers", at_best: "_Numbers", scales: dict[tuple, float]
         return []
     first, *others = places
     extra = (
+        _guidance_table(numbers, block),
         _best_table(at_best, scales, block),
         _regularizer_table(numbers, block, first),
         _mode_table(numbers, block, first),
@@ -295,6 +296,28 @@ def _main_tables(numbers: _Numbers, block: str, place: float | None) -> list[Tab
         _table(numbers, _title(group, block, place), caption, block, place, numbers.cells(block), names)
         for group, names in groups.items()
     ]
+
+
+def _guidance_table(numbers: _Numbers, block: str) -> Table | None:
+    """One metric over guidance scales; None where it was not measured at several."""
+    places = sorted(
+        place for place in numbers.places(block) if place is not None and JUDGED_BY in numbers.metrics(block, place)
+    )
+    if len(places) < 2:
+        return None
+    metric, lines, marks = metric_of(JUDGED_BY), [], []
+    for cell in numbers.cells(block):
+        found = [numbers.mean(block, cell, place, JUDGED_BY) for place in places]
+        counts = dict.fromkeys(numbers.count(block, cell, place) for place in places)
+        lines.append([numbers.names[block, cell], "; ".join(counts), *(text for text, _ in found)])
+        marks.append(["", "", *(verdict for _, verdict in found)])
+    caption = (
+        f"{metric.title} at each guidance scale. Mean ± standard deviation over seeds, of {numbers.decided}; compared "
+        "with clean at the same scale."
+    )
+    head = ["cell", "n", *(f"{metric.heading} at {place:g}" for place in places)]
+    title = f"{metric.title} over guidance scales" + (f" ({block})" if block else "")
+    return Table(title, caption, head, lines, marks, block=block)
 
 
 def _best_table(numbers: _Numbers, scales: dict[tuple, float], block: str) -> Table | None:

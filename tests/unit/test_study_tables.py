@@ -346,8 +346,9 @@ class TestBlocks:
     def test_each_has_its_tables(self, tmp_path):
         results = toy_results(blocks=("ldm", "dit"), cells=("clean", "ip"), metrics=FEW, failed=[("ip", 2)])
         tables = tables_of(results, tmp_path)
-        assert list(tables)[:5] == [
+        assert list(tables)[:6] == [
             "All cells, guidance scale 2.25 (ldm)",
+            "FID over guidance scales (ldm)",
             "At the best guidance scale of each cell, by FID (ldm)",
             "Regularizers, guidance scale 2.25 (ldm)",
             "All cells, guidance scale 1 (ldm)",
@@ -487,6 +488,20 @@ class TestFiles:
             written(toy_results(cells=("clean",), metrics=FEW), tmp_path / "file" / "tables")
         with pytest.raises(InputError, match="while writing the tables"):
             write_page(toy_results(cells=("clean",), metrics=FEW), [], [], tmp_path / "file" / "tables")
+
+
+def test_fid_is_shown_at_all_guidance_scales_side_by_side(tmp_path):
+    tables = tables_of(toy_results(metrics=FEW), tmp_path)
+    table = tables["FID over guidance scales"]
+    assert table.head == ["cell", "n", "FID ↓ at 1", "FID ↓ at 2.25", "FID ↓ at 4"]
+    for number, scale in enumerate(("1", "2.25", "4"), start=2):
+        there = tables[f"All cells, guidance scale {scale}"]
+        column = there.head.index("FID ↓")
+        assert [line[number] for line in table.lines] == [line[column] for line in there.lines]
+        assert [marks[number] for marks in table.marks] == [marks[column] for marks in there.marks]
+    assert {marks[2] for marks in table.marks} > {""} and [line[1] for line in table.lines] == ["5"] * len(table.lines)
+    for lacking in ({"guidance_scales": (2.25,), "metrics": FEW}, {"metrics": ("recall",)}):
+        assert "FID over guidance scales" not in tables_of(toy_results(**lacking), tmp_path)
 
 
 def test_each_cell_is_also_shown_at_its_own_best_guidance_scale(tmp_path):
