@@ -11,7 +11,7 @@ import importlib
 import os
 import signal
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 
@@ -184,7 +184,7 @@ def report_on(study: Study, folder: Path, records: Path, report_dir: Path) -> Re
     while True:
         with locked(folder / ".report.lock") as is_ours:
             stand = stand_of(records)
-            results = read_results(study, plans, records)
+            results = replace(read_results(study, plans, records), output_folder=folder, report_folder=report_dir)
             if not is_ours:
                 print("Another process writes the report.")
                 return results

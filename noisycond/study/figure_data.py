@@ -24,11 +24,13 @@ class Point:
     Attributes:
         x: η in %, γ, guidance scale or optimizer step; in a line of two metrics the mean of the other one.
         values: one per seed, in the order of the seeds. x_spread: the sample standard deviation of x over seeds.
+        scale: in a line of two metrics, the guidance scale.
     """
 
     x: float
     values: tuple[float, ...]
     x_spread: float = 0.0
+    scale: float | None = None
 
     @property
     def mean(self) -> float:
@@ -187,20 +189,20 @@ def sample_cells(cells: Cells) -> list[str]:
 
 
 def sample_runs(runs: Sequence[dict], cells: Cells) -> list[dict]:
-    """The runs of [`sample_cells`] with the first seed that all of them have pictures of; none where fewer than two
-    are left, or one of them is not clean.
+    """The runs of [`sample_cells`] with the first seed that all of them have pictures of, at one guidance scale; none
+    where fewer than two are left, or one of them is not clean.
 
     Args:
         runs: of one block, with pictures, in the study's order.
     """
-    by_seed: dict[int, dict[str, dict]] = {}
+    alike: dict[tuple, dict[str, dict]] = {}
     for run in runs:
-        by_seed.setdefault(run["seed"], {})[run["cell"]] = run
+        alike.setdefault((run["seed"], run.get("samples_scale")), {})[run["cell"]] = run
     pictured = {run["cell"] for run in runs}
     wanted = sample_cells({cell: method for cell, method in cells.items() if cell in pictured})
     if len(wanted) < 2 or cells[wanted[0]].kind != "clean":
         return []
-    return next(([found[cell] for cell in wanted] for found in by_seed.values() if found.keys() >= set(wanted)), [])
+    return next(([found[cell] for cell in wanted] for found in alike.values() if found.keys() >= set(wanted)), [])
 
 
 # What is drawn.
@@ -242,16 +244,18 @@ def lines_of_cells(values: DataFrame, cells: Cells, metric: str, column: str) ->
 
 
 def lines_of_two(values: DataFrame, cells: Cells, metric: str, other: str) -> list[Line]:
-    """A line for each cell: a metric over another one, from guidance scale to guidance scale; those that were measured
-    at two at least."""
+    """A line for each cell: a metric over another one, from guidance scale to guidance scale, of the seeds that have
+    both; those that were measured at two at least."""
+    columns = ["cell", "guidance_scale", "seed"]
+    both = values[values["metric"].isin([metric, other])].pivot(index=columns, columns="metric", values="value")
+    both = both.reindex(columns=[metric, other]).dropna().reset_index()
     found = {}
     for cell in cells:
-        across = {point.x: point for point in points_over(values, cell, other, "guidance_scale")}
-        found[cell] = tuple(
-            Point(across[point.x].mean, point.values, across[point.x].spread)
-            for point in points_over(values, cell, metric, "guidance_scale")
-            if point.x in across
-        )
+        points = []
+        for scale, of_scale in both[both["cell"] == cell].groupby("guidance_scale"):
+            across = Point(scale, tuple(map(float, of_scale[other])))
+            points.append(Point(across.mean, tuple(map(float, of_scale[metric])), across.spread, float(scale)))
+        found[cell] = tuple(points)
     return _lines_of(found, cells)
 
 

@@ -54,7 +54,8 @@ class Axis:
     Attributes:
         label, log: of the horizontal one. ticks: they stand at its points, where these are few.
         wide: the vertical one is logarithmic where values differ by more than a factor of ten.
-        measured: the horizontal one is a metric, too: points stand where they are, and have bars along both.
+        measured: the horizontal one is a metric, too: points stand where they are, and have bars along both; all
+            panels have one scale of each, and the first line's points their guidance scale.
     """
 
     label: str
@@ -166,7 +167,8 @@ def draw_lines(
     columns = max(map(len, rows))
     size = (WIDTH if columns > 1 or legend_per_row else NARROW, len(rows) * (2.3 if columns > 2 else 2.9) + 0.7)
     figure = Figure(figsize=size, layout="constrained")
-    grid = figure.subplots(len(rows), columns, squeeze=False)
+    shared = {"sharex": axis.measured, "sharey": axis.measured}
+    grid = figure.subplots(len(rows), columns, squeeze=False, **shared)
     for panels, places in zip(rows, grid, strict=True):
         for axes in places[len(panels) :]:
             axes.remove()
@@ -233,6 +235,10 @@ def _draw_panel(axes, panel: Panel, axis: Axis, styles: Mapping[str, Style], sin
             bars = [by or math.nan for by in spreads] if spread else None
             across = [point.x_spread or math.nan for point in line.points] if axis.measured and spread else None
             axes.errorbar(xs, means, bars, across, label=line.title, capsize=2, elinewidth=0.9, **style)
+        if axis.measured and number == 0:
+            for point in line.points:
+                place = {"xytext": (5, 4), "textcoords": "offset points", "fontsize": 8, "color": "dimgray"}
+                axes.annotate(f"{point.scale:g}", (point.x, point.mean), **place)
         if single_seeds:
             for x, point in zip(xs, line.points, strict=True):
                 if len(point.values) > 1:
@@ -244,7 +250,10 @@ def _draw_panel(axes, panel: Panel, axis: Axis, styles: Mapping[str, Style], sin
 
 
 def _label(axes, panel: Panel, axis: Axis, places: Sequence[float]) -> None:
-    axes.set_title(panel.heading, fontsize=10)
+    if axis.measured:
+        axes.set_ylabel(panel.heading, fontsize=10)
+    else:
+        axes.set_title(panel.heading, fontsize=10)
     axes.tick_params(labelsize=9)
     axes.grid(alpha=0.3)
     means = [point.mean for line in panel.lines for point in line.points]

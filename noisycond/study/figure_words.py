@@ -128,20 +128,17 @@ def best_numbers(metric: str, lines: Sequence[Line], place: str) -> str:
     return f"{word} {METRICS[metric].title}: {found}."
 
 
-def trade_numbers(metric: str, other: str, lines: Sequence[Line], ends: str) -> str:
-    """Of each line the ends, a metric at a value of another one.
+def trade_numbers(metric: str, other: str, lines: Sequence[Line]) -> str:
+    """Of each line of two metrics both, at its smallest and its largest guidance scale."""
 
-    Args:
-        ends: which those are.
-    """
-    found = "; ".join(
-        f"{line.title} "
-        + ", ".join(
-            f"{number(metric, end.mean)} at {number(other, end.x)}" for end in line.points[:: len(line.points) - 1]
+    def said(line: Line) -> str:
+        ends = line.points[0], line.points[-1]
+        return ", ".join(
+            f"{number(metric, end.mean)} and {number(other, end.x)} at guidance {end.scale:g}" for end in ends
         )
-        for line in lines
-    )
-    return f"{METRICS[metric].title} at {METRICS[other].title}, {ends}: {found}."
+
+    found = "; ".join(f"{line.title} {said(line)}" for line in lines)
+    return f"{METRICS[metric].title} and {METRICS[other].title}: {found}."
 
 
 def last_numbers(metric: str, lines: Sequence[Line]) -> str:

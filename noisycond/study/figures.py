@@ -295,19 +295,18 @@ def _precision_over_recall(block: _Block) -> Iterator[Figure]:
     if not rows:
         return
     lines = list({line.title: line for row in rows for line in row[0].lines}.values())
-    counts, scales = words.counts(lines), sorted(block.final["guidance_scale"].dropna().unique())
-    ends = f"from guidance scale {scales[0]:g} to {scales[-1]:g}"
+    counts, numbered = words.counts(lines), "of the clean model" if _and_clean(lines) else f"of {lines[0].title}"
     figure = block.figure(
         "precision_over_recall",
         "Precision over recall",
         [
             f"Precision over recall, a line for each cell{_and_clean(lines)}"
             + (" in every row" if len(rows) > 1 and _and_clean(lines) else "")
-            + f", {ends}. Higher and further to the right is better; what acts as more or less guidance would, moves "
-            "along a line.",
+            + f", from guidance scale to guidance scale; the numbers are those {numbered}. Higher and further to the "
+            "right is better; what acts as more or less guidance would, moves along a line.",
             block.bars(counts, word="bars along both axes"),
         ],
-        words.trade_numbers(precision, recall, lines, ends),
+        words.trade_numbers(precision, recall, lines),
     )
     axis = Axis(words.heading(recall), ticks=False, measured=True)
     draw_lines(rows, axis, block.styles, words.note(counts), figure.path, legend_per_row=True)
@@ -492,7 +491,7 @@ def _samples(block: _Block) -> Iterator[Figure]:
         "samples",
         "Samples",
         [
-            f"Samples of {listed(titles)}{words.at_scale(block.scale)}, all of seed "
+            f"Samples of {listed(titles)}{words.at_scale(runs[0].get('samples_scale'))}, all of seed "
             f"{runs[0]['seed']}; the same place in each is the same condition and the same starting noise.",
             size,
         ],

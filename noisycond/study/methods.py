@@ -22,6 +22,8 @@ _STRENGTHS = {  # the flag that switches a kind on
     "embedding_dropout": "embedding_dropout",
     "label_smoothing": "label_smoothing",
 }
+# Of scripts that corrupt captions; the others corrupt labels.
+_USUAL_CORRUPTION = {"train_text_to_image_corrupt": "swap"}
 _CEP = {"uniform": "CEP-U", "gaussian": "CEP-G"}
 # The flags that a method is made of.
 METHOD_FLAGS = (*_STRENGTHS.values(), "corruption_type", "corruption_mode", "class_groups", "cep_type", "cep_mode")
@@ -62,12 +64,13 @@ class Method:
         return names.get(self.kind, self.kind)
 
 
-def method_of(settings: Mapping[str, object]) -> Method:
+def method_of(settings: Mapping[str, object], script: str = "") -> Method:
     """The method that these flag values make.
 
     Args:
-        settings: flag to value, of a training script; what is not there is off, or at the default of the scripts for
-            classes (corruption symmetric and fixed, CEP uniform and random).
+        settings: flag to value, of a training script; what is not there is off, or at the scripts' default (corruption
+            fixed, and symmetric or, of captions, by swaps; CEP uniform and random).
+        script: its name, without the ending.
 
     Raises:
         InputError: a strength is not a number.
@@ -80,7 +83,10 @@ def method_of(settings: Mapping[str, object]) -> Method:
         return Method("mixed")
     (kind, strength), *_ = on.items()
     if kind == "corruption":
-        how = settings.get("corruption_type") or "symmetric", settings.get("corruption_mode") or "fixed"
+        how = (
+            settings.get("corruption_type") or _USUAL_CORRUPTION.get(script, "symmetric"),
+            settings.get("corruption_mode") or "fixed",
+        )
         return Method(kind, *map(str, how), strength)
     if kind == "cep":
         how = settings.get("cep_type") or "uniform", settings.get("cep_mode") or "random"

@@ -3,6 +3,7 @@ settings."""
 
 import hashlib
 import json
+import os
 import re
 import shlex
 from collections.abc import Callable, Sequence
@@ -166,9 +167,8 @@ def _plain(value: object) -> object:
     text = as_word(value)
     if re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?", text):
         return float(text)  # YAML reads 1e-4 as text
-    path = Path(text)
-    if path.is_file() and path.stat().st_size < _SMALL_FILE:
-        return hashlib.sha256(path.read_bytes()).hexdigest()
+    if os.path.isfile(text) and os.path.getsize(text) < _SMALL_FILE:  # Path raises of texts too long for a name
+        return hashlib.sha256(Path(text).read_bytes()).hexdigest()
     return text
 
 

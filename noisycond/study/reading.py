@@ -240,7 +240,7 @@ def _facts(path: Path, name: str, facts: object) -> dict:
 def _method(path: Path, name: str, stages: Sequence[Stage], facts: Mapping[str, object]) -> Method:
     """What a cell does: the one method of its trainings and of what they start from; `mixed` where there are more."""
     try:
-        found = [method_of(values) for values in (facts, *(stage.with_recipe() for stage in stages))]
+        found = [method_of(facts), *(method_of(stage.with_recipe(), stage.script) for stage in stages)]
     except InputError as error:
         raise InputError(f"{path}, cell {name}: {error}") from None
     found = [method for method in found if method.kind != "clean"]

@@ -2,7 +2,7 @@
 
 import json
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,7 +34,8 @@ class RunRecord:
             was tried. reason: one sentence, of a failed one. rows: of metrics.json. curve: the evaluations while it
             trained. commands: as a user types them. seconds: by script, over all its launches, or those so far.
             image_choices: every choice of the evaluation. curve_choices: those of the evaluations while it trained.
-            environment: versions and hardware. samples: a picture of some of its images.
+            environment: versions and hardware. samples: a picture of some of its images; samples_scale: the guidance
+            scale that they were drawn at, None where there is none.
     """
 
     block: str
@@ -51,14 +52,17 @@ class RunRecord:
     image_choices: dict = field(default_factory=dict)
     curve_choices: dict = field(default_factory=dict)
     environment: dict[str, str] = field(default_factory=dict)
+    samples_scale: float | None = None
     file_name: str = ""
     samples: Image.Image | None = None
 
     def save(self, folder: Path) -> Path:
         """Writes the record, and its samples before it, in the place of others of the same run: it may have had
-        another name. One that is done gives way to no failure."""
+        another name. One that is done gives way to no failure, of another machine, say."""
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"{self.file_name}.json"
+        if self.status == "failed" and is_done(path):
+            return path
         if self.samples is not None:
             beside = folder / f"{self.file_name}.webp.part"
             lossless = self.samples.width <= LOSSLESS_WIDTH
@@ -122,7 +126,10 @@ def record_of(
             record.curve.append(row | {"guidance_scale": guidance_scale})
     if samples_at is not None:
         try:
-            record.samples = _samples(plan.steps[-1].folder, record.rows, samples_at)
+            # Of the scales that were measured the nearest.
+            row = min(record.rows, key=lambda row: (abs((row["guidance_scale"] or 1) - samples_at), row["seed"]))
+            record.samples = _samples(plan.steps[-1].folder, row)
+            record.samples_scale = row["guidance_scale"] if record.samples is not None else None
         except Exception as error:  # an image that is cut, say: a result is worth more than its picture
             warn(f"{plan.run}: there is no picture of its samples ({type(error).__name__}: {in_one_line(error)}).")
     return record
@@ -159,11 +166,9 @@ def _devices() -> str:
     return ", ".join(names) or "CPU"
 
 
-def _samples(folder: Path, rows: Sequence[dict], scale: float) -> Image.Image | None:
-    """Some images of some classes, a column per class, at the guidance scale nearest to this one; of a model without
-    classes its first images."""
-    nearest = min(rows, key=lambda row: (abs((row["guidance_scale"] or 1) - scale), row["seed"]))
-    name = f"guidance-{nearest['guidance_scale']:g}-seed-{nearest['seed']}"
+def _samples(folder: Path, row: Mapping) -> Image.Image | None:
+    """Some of the images that a row of metrics is of, a column per class; of a model without classes the first."""
+    name = f"guidance-{row['guidance_scale']:g}-seed-{row['seed']}"
     drawn = next(folder.glob(f"images/*/{name}"), None)
     if drawn is None:
         return None

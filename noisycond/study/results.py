@@ -26,16 +26,19 @@ class Results:
 
     Attributes:
         runs: one per cell and seed, in the study's order: block, cell, seed; status (`done`, `failed`, `missing`) and
-            reason; attempts, seconds, commands, environment, image_choices and curve_choices as in
+            reason; attempts, seconds, commands, environment, image_choices, curve_choices and samples_scale as in
             [`noisycond.study.records.RunRecord`]; settings, the flags in which cells differ; samples, a path or None.
         values: tidy, a line per number, with [`COLUMNS`]: `step` is <NA> of the final model, and the training step of
             an evaluation while it trained; several seeds of generation are averaged. folder: of the records.
+        output_folder, report_folder: of models, and of tables and figures; None: the usual ones.
     """
 
     study: Study
     runs: list[dict]
     values: pandas.DataFrame
     folder: Path
+    output_folder: Path | None = None
+    report_folder: Path | None = None
 
     @property
     def done(self) -> int:
@@ -43,9 +46,17 @@ class Results:
 
     def command(self) -> str:
         """What runs the study and writes this again, as a user types it in the folder of noisycond."""
+        usual = usual_output_folder(self.study)
+        output = self.output_folder or usual
+        places = {
+            "--output_dir": (output, usual),
+            "--results_dir": (self.folder, output / "results"),
+            "--report_dir": (self.report_folder or output, output),
+        }
         words = ["python", "study.py", _as_typed(self.study.path)]
-        if os.path.abspath(self.folder) != os.path.abspath(usual_output_folder(self.study) / "results"):
-            words += ["--results_dir", _as_typed(self.folder)]
+        for flag, (folder, where) in places.items():
+            if os.path.abspath(folder) != os.path.abspath(where):
+                words += [flag, _as_typed(folder)]
         return shlex.join(words)
 
 
@@ -91,6 +102,7 @@ def read_results(study: Study, plans: Sequence[Plan], folder: Path) -> Results:
                 "settings": {name: value for name, value in cell.settings.items() if name in differing},
                 "environment": record.get("environment", {}),
                 "samples": samples if samples is not None and samples.exists() else None,
+                "samples_scale": record.get("samples_scale"),
                 "image_choices": record.get("image_choices", {}),
                 "curve_choices": record.get("curve_choices", {}),
             }

@@ -42,7 +42,8 @@ LEGEND = (
     "≈ inconclusive: at this number of seeds the difference may be chance, which is not to say that there is none; "
     "= every difference is 0. No mark: not compared (clean itself, or fewer than two seeds in common with it).",
     "A difference is paired by seed, and marked ✓ ✗ △ ▽ where p < 0.05: two-sided paired t test, p adjusted after "
-    "Benjamini and Hochberg over all cells and guidance scales of one metric. Every metric is judged by itself.",
+    "Benjamini and Hochberg over all cells and guidance scales of one metric and block. Every metric is judged by "
+    "itself.",
 )
 # Tables of more than WIDE metrics are cut in these; what is in none goes to the last.
 GROUPS = {
@@ -311,10 +312,9 @@ def _guidance_table(numbers: _Numbers, block: str) -> Table | None:
         counts = dict.fromkeys(numbers.count(block, cell, place) for place in places)
         lines.append([numbers.names[block, cell], "; ".join(counts), *(text for text, _ in found)])
         marks.append(["", "", *(verdict for _, verdict in found)])
-    caption = (
-        f"{metric.title} at each guidance scale. Mean ± standard deviation over seeds, of {numbers.decided}; compared "
-        "with clean at the same scale."
-    )
+    compared = _comparison(numbers, block, places[0], "Compared with clean at the same scale.")
+    spread = f"Mean ± standard deviation over seeds, of {numbers.decided}."
+    caption = f"{metric.title} at each guidance scale. {spread} {compared}"
     head = ["cell", "n", *(f"{metric.heading} at {place:g}" for place in places)]
     title = f"{metric.title} over guidance scales" + (f" ({block})" if block else "")
     return Table(title, caption, head, lines, marks, block=block)
@@ -328,9 +328,9 @@ def _best_table(numbers: _Numbers, scales: dict[tuple, float], block: str) -> Ta
         return None
     title = metric_of(JUDGED_BY).title
     caption = (
-        f"Each cell at the guidance scale where its mean {title} is best, compared with clean at its own. Mean ± "
-        f"standard deviation over seeds, of {numbers.decided}. The scales are chosen by these same runs, so all means "
-        "are a little too good."
+        f"Each cell at the guidance scale where its mean {title} is best. Mean ± standard deviation over seeds, of "
+        f"{numbers.decided}. {_comparison(numbers, block, None, 'Compared with clean at its own best scale.')} The "
+        "scales are chosen by these same runs, so all means are a little too good."
     )
     table = _table(numbers, "", caption, block, None, cells, metrics)
     lines = [[name, f"{scales[block, cell]:g}", *rest] for cell, (name, *rest) in zip(cells, table.lines, strict=True)]
@@ -401,18 +401,21 @@ def _table(numbers: _Numbers, title, caption, block, place, cells: Iterable[str]
 
 
 def _caption(numbers: _Numbers, block: str, place: float | None) -> str:
+    return " ".join(filter(None, (_means(numbers, place), _comparison(numbers, block, place))))
+
+
+def _comparison(numbers: _Numbers, block: str, place: float | None, how: str = "") -> str:
+    """What means are compared with, or why they are not. Args: how: the sentence where they are."""
     clean = numbers.clean(block)
     counts = [len(numbers.seeds(block, cell, place)) for cell in numbers.cells(block)]
-    sentences = [_means(numbers, place)]
     if clean is None:
-        sentences.append("There is no clean cell to compare with.")
-    elif not numbers.seeds(block, clean, place):
-        sentences.append("The clean cell has no values yet, so nothing is compared with it.")
-    elif max(counts) < 2:
-        sentences.append("With one seed nothing is known of chance, and nothing is compared.")
-    elif max(counts) > min(counts):
-        sentences.append(f"Cells have from {min(counts)} to {max(counts)} seeds.")
-    return " ".join(sentences)
+        return "There is no clean cell to compare with."
+    if not numbers.seeds(block, clean, place):
+        return "The clean cell has no values yet, so nothing is compared with it."
+    if max(counts) < 2:
+        return "With one seed nothing is known of chance, and nothing is compared."
+    differ = f"Cells have from {min(counts)} to {max(counts)} seeds." if max(counts) > min(counts) else ""
+    return " ".join(filter(None, (how, differ)))
 
 
 def _means(numbers: _Numbers, place: float | None) -> str:

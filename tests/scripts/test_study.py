@@ -103,7 +103,7 @@ def test_a_result_says_how_it_was_made(ran):
     assert set(record["seconds"]) == {"train_class_cond", "evaluate_model"}
     assert record["curve_choices"]["num_images"] == 20 and record["curve_choices"]["reference"]["name"] == "digits"
     assert record["image_choices"]["generated"]["num_inference_steps"] == 1
-    assert path.with_suffix(".webp").exists()
+    assert path.with_suffix(".webp").exists() and record["samples_scale"] == 2.0
     assert not list(folder.glob("out/evaluated/*/images"))
 
 

@@ -114,14 +114,17 @@ class TestLinesOfTheTable:
             *(("clean", 0, 1.0, None, "recall", 0.9), ("clean", 1, 1.0, None, "recall", 0.7)),
             *(("clean", 0, 1.0, None, "precision", 0.6), ("clean", 1, 1.0, None, "precision", 0.2)),
             *(("clean", 0, 2.0, None, "recall", 0.5), ("clean", 0, 2.0, None, "precision", 0.8)),
-            ("clean", 0, 4.0, None, "precision", 0.9),  # there is no recall at this scale
+            *(("clean", 1, 2.0, None, "recall", 0.1), ("clean", 0, 4.0, None, "precision", 0.9)),  # one of both alone
             *(("once", 0, 1.0, None, "recall", 0.9), ("once", 0, 1.0, None, "precision", 0.6)),
         )
         cells = {name: Method("clean") for name in ("clean", "once")}
         (line,) = data.lines_of_two(values, cells, "precision", "recall")
         first, second = line.points
         assert (first.x, first.values, first.x_spread) == (pytest.approx(0.8), (0.6, 0.2), pytest.approx(0.02**0.5))
-        assert second == Point(0.5, (0.8,), 0.0)
+        assert second == Point(0.5, (0.8,), 0.0, scale=2.0)
+        assert words.trade_numbers("precision", "recall", [line]) == (
+            "precision and recall: CLEAN 0.400 and 0.800 at guidance 1, 0.800 and 0.500 at guidance 2."
+        ).replace("CLEAN", line.title)
 
 
 class TestCells:
@@ -399,7 +402,7 @@ class TestDrawing:
         assert places == [[[1, 1], [1, 3]], [[2, 4], [2, 4], [2, 7]]]
 
     def test_over_a_metric_points_stand_where_they_are_with_bars_along_both_axes(self, axes_of):
-        points = (Point(0.9, (1.0, 3.0), 0.05), Point(0.5, (4.0, 6.0), 0.1))
+        points = (Point(0.9, (1.0, 3.0), 0.05, scale=1.0), Point(0.5, (4.0, 6.0), 0.1, scale=2.5))
         lines = [Line(title, Method("clean"), points) for title in ("clean", "other")]
         style = styles_of({"clean": {}})["clean"]
         axis, styles = Axis("recall", ticks=False, measured=True), {"clean": style, "other": style}
@@ -407,6 +410,20 @@ class TestDrawing:
         across = [0.85, 2, 0.95, 2, 0.4, 5, 0.6, 5]
         along = [0.9, 2 - math.sqrt(2), 0.9, 2 + math.sqrt(2), 0.5, 5 - math.sqrt(2), 0.5, 5 + math.sqrt(2)]
         assert bars_of(axes) == pytest.approx((across + along) * 2)
+        assert [(text.get_text(), text.xy) for text in axes.texts] == [("1", (0.9, 2)), ("2.5", (0.5, 5))]
+        assert (axes.get_xlabel(), axes.get_ylabel(), axes.get_title()) == ("recall", "precision", "")
+
+    def test_over_a_metric_rows_have_one_scale(self, axes_of):
+        style = styles_of({"clean": {}})["clean"]
+        ends = ((0.9, 0.5), (0.4, 0.1))
+        lines = [
+            Line("clean", Method("clean"), tuple(Point(x, (x,), scale=scale) for scale, x in enumerate(each)))
+            for each in ends
+        ]
+        rows = [[Panel("precision", [line])] for line in lines]
+        above, below = axes_of(draw_lines, rows, Axis("recall", ticks=False, measured=True), {"clean": style})
+        assert above.get_xlim() == below.get_xlim() and above.get_ylim() == below.get_ylim()
+        assert below.get_xlim()[0] < 0.1 and below.get_xlim()[1] > 0.9
 
     def test_dots_stand_in_their_rows_with_their_bars_full_or_hollow(self, axes_of):
         dots = [Dot(1.0, 0.25, 0.5, colour="#123456"), None, Dot(3.0, 1.0, 1.0, filled=False)]
@@ -496,6 +513,17 @@ class TestDrawFigures:
     def test_alt_texts_have_the_numbers(self, drawn, large):
         fid = np.mean([value_of(large, "eta-0.05", "fid", seed, 2.25) for seed in range(3)])
         assert f"{fid:.2f} at η = 5 %" in drawn[0].alt
+
+    def test_samples_are_captioned_by_the_scale_they_were_drawn_at(self, tiny, tmp_path):
+        def samples(scales) -> list:
+            for run in tiny.runs:
+                run["samples_scale"] = scales[run["cell"]]
+            return [figure for figure in draw_figures(tiny, tmp_path / "drawn") if figure.name == "samples"]
+
+        add_samples(tiny, tmp_path)
+        assert "at guidance scale 3, all" in samples(dict.fromkeys(TINY, 3.0))[0].caption  # the report's is 1.5
+        assert "guidance" not in samples(dict.fromkeys(TINY))[0].caption
+        assert samples({cell: float(number) for number, cell in enumerate(TINY)}) == []  # not to be compared
 
     def test_samples_are_the_runs_pictures(self, drawn):
         shown = {colour for _, colour in Image.open(drawn[-1].path).convert("RGB").getcolors(100_000)}

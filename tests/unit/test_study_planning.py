@@ -185,3 +185,7 @@ def test_unknown_flags_are_refused_and_refused_values_are_told_of_their_cell(tmp
 def test_a_recipe_that_is_not_there_is_refused(tmp_path):
     with pytest.raises(InputError, match="--recipe digit_ldm"):
         plans(read(tmp_path, recipe="digit_ldm"))
+
+
+def test_a_value_longer_than_any_file_name_is_a_value():
+    assert identity(validation_prompts="x" * 5000) == identity(validation_prompts="x" * 5000)

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from noisycond.data.caption_options import CaptionCorruptionArguments
 from noisycond.errors import InputError
 from noisycond.study.methods import Method, method_of
 from noisycond.study.reading import read_study, study_names
@@ -236,3 +237,10 @@ def test_the_shipped_studies_are_found_by_name():
 def test_a_method_is_read_from_flags(settings, method, title):
     assert method_of(settings) == method
     assert method_of(settings).title == title
+
+
+def test_captions_are_swapped_where_nothing_else_is_said(tmp_path):
+    assert CaptionCorruptionArguments().corruption_type == "swap"
+    cells = {"swapped": {"corruption_ratio": 0.1}, "cut": {"corruption_ratio": 0.1, "corruption_type": "token"}}
+    captions = {"script": "train_text_to_image_corrupt", "recipe": "none", "settings": None, "grid": None}
+    assert [cell.method.type for cell in read(tmp_path, cells=cells, **captions).cells] == ["swap", "token"]

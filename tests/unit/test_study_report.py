@@ -310,6 +310,27 @@ class TestCommand:
         results.folder = Path(folder.format(here=tmp_path))
         assert results.command() == f"python study.py {words}"
 
+    @pytest.mark.parametrize(
+        ("places", "words"),
+        [
+            ({"output_folder": "o", "folder": "o/results", "report_folder": "o"}, "--output_dir o"),
+            (
+                {"output_folder": "o", "folder": "r", "report_folder": "docs/a"},
+                "--output_dir o --results_dir r --report_dir docs/a",
+            ),
+            (
+                {"output_folder": "runs/studies/a", "folder": "runs/studies/a/results", "report_folder": "docs/a"},
+                "--report_dir docs/a",
+            ),
+        ],
+    )
+    def test_it_names_the_folders_that_are_not_the_usual_ones(self, tmp_path, monkeypatch, places, words):
+        monkeypatch.chdir(tmp_path)
+        results = results_of(study_of(*CELLS, path="a.yaml"))
+        for name, folder in places.items():
+            setattr(results, name, Path(folder))
+        assert results.command() == f"python study.py a.yaml {words}"
+
 
 class TestTables:
     def test_verdicts_show_by_sign_word_and_colour(self, page):

@@ -337,6 +337,9 @@ def test_a_record_takes_the_place_of_those_of_the_same_run(tmp_path):
     failed = RunRecord("", "again", 0, old.stem[-10:], "failed", file_name=f"again-{old.stem[-10:]}")
     failed.save(tmp_path / "results")
     assert len(list((tmp_path / "results").glob("new*.json"))) == 1  # a failure does away with no result
+    (done,) = (tmp_path / "results").glob("new*.json")
+    RunRecord("", "new", 0, old.stem[-10:], "failed", file_name=done.stem).save(tmp_path / "results")
+    assert is_done(done)  # whatever it is called
 
 
 @pytest.mark.parametrize(

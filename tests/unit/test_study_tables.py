@@ -500,8 +500,20 @@ def test_fid_is_shown_at_all_guidance_scales_side_by_side(tmp_path):
         assert [line[number] for line in table.lines] == [line[column] for line in there.lines]
         assert [marks[number] for marks in table.marks] == [marks[column] for marks in there.marks]
     assert {marks[2] for marks in table.marks} > {""} and [line[1] for line in table.lines] == ["5"] * len(table.lines)
+    assert table.caption.endswith("Compared with clean at the same scale.")
     for lacking in ({"guidance_scales": (2.25,), "metrics": FEW}, {"metrics": ("recall",)}):
         assert "FID over guidance scales" not in tables_of(toy_results(**lacking), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("results", "why"),
+    [({"seeds": (0,)}, "nothing is compared."), ({"cells": ("eta-0.1", "ip")}, "There is no clean cell")],
+)
+def test_no_table_speaks_of_a_comparison_that_was_not_made(results, why, tmp_path):
+    tables = tables_of(toy_results(metrics=FEW, **results), tmp_path)
+    for title in ("FID over guidance scales", "At the best guidance scale of each cell, by FID"):
+        assert why in tables[title].caption and "Compared with" not in tables[title].caption
+        assert not any(any(marks) for marks in tables[title].marks)
 
 
 def test_each_cell_is_also_shown_at_its_own_best_guidance_scale(tmp_path):
