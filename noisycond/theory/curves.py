@@ -174,12 +174,13 @@ def averages(
     found = np.empty((training_sets, len(strengths), 2))
     without = np.empty(training_sets)
     for number in range(training_sets):
-        data = draw_training_set(mixture, samples, seed=[seed, number])
+        own = [seed, number + 1]  # trailing zeros of a seed count for nothing: 0 were the class means' own
+        data = draw_training_set(mixture, samples, seed=own)
         without[number], _ = _measured(mixture, generate(data))
         for place, strength in enumerate(strengths):
             if how == "eta_fixed":
                 try:
-                    made = generate(data.relabelled(strength, seed=[seed, number, 1]))
+                    made = generate(data.relabelled(strength, seed=[*own, 1]))
                 except InputError:
                     found[number, place] = np.nan
                     continue

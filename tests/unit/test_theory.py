@@ -525,3 +525,18 @@ def test_what_is_not_a_mixture_is_refused():
     with pytest.raises(InputError, match="diagonal"):
         expected(Mixture(np.eye(2), np.array([[1.0, 0.5], [0.5, 1.0]])), 3)
     assert isinstance(generate(training_set()), Generated)
+
+
+def test_no_training_set_has_the_noise_that_made_the_class_means(monkeypatch):
+    mixture, seen = Mixture.drawn(10, 8, 1.0, seed=0), []
+
+    def noted(*given, **named):
+        seen.append(draw_training_set(*given, **named))
+        return seen[-1]
+
+    monkeypatch.setattr("noisycond.theory.curves.draw_training_set", noted)
+    averages(mixture, 5, 1.0, "gaussian", [0.0], training_sets=4)
+    assert len(seen) == 4
+    for data in seen:
+        noise = (data.points - mixture.means[data.labels])[: len(mixture.means)]
+        assert abs(np.corrcoef(noise.ravel(), mixture.means.ravel())[0, 1]) < 0.5
