@@ -83,11 +83,13 @@ class Program:
         self, file, *argv, processes: int = 1, folder=ROOT, environment: Mapping | None = None, alone: bool = False
     ):
         self._outputs = tempfile.TemporaryDirectory()
-        paths = [os.path.join(self._outputs.name, name) for name in ("stdout", "stderr")]
         environment, words = dict(os.environ if environment is None else environment), [str(word) for word in argv]
         self.processes = []
-        for own in _ranks(processes):
-            arguments = (str(file), words, environment | own, str(folder), paths, alone)
+        for rank, own in enumerate(_ranks(processes)):
+            outputs = self._written_by(rank)
+            for output in outputs:
+                Path(output).touch()  # to be read of a process that is ended before it opens them, too
+            arguments = (str(file), words, environment | own, str(folder), outputs, alone)
             self.processes.append(SERVER.Process(target=_become, args=arguments))
             self.processes[-1].start()
 
@@ -114,8 +116,13 @@ class Program:
         self.signal(signal.SIGKILL)
         for process in self.processes:
             process.join()
-        said = [Path(self._outputs.name, name).read_text() for name in ("stdout", "stderr")]
+        written = zip(*(self._written_by(rank) for rank in range(len(self.processes))), strict=True)
+        said = ["".join(Path(file).read_text() for file in files) for files in written]
         return subprocess.CompletedProcess(self.processes[0].name, status, *said)
+
+    def _written_by(self, rank: int) -> list[str]:
+        """A process's own stdout and stderr: in one file, two processes could write into each other's lines."""
+        return [os.path.join(self._outputs.name, f"{name}-{rank}") for name in ("stdout", "stderr")]
 
     def __enter__(self):
         return self
