@@ -6,6 +6,7 @@ import functools
 import re
 from pathlib import Path
 
+import pandas
 import pytest
 from launching import ROOT
 from script_flags import arguments_class
@@ -14,6 +15,9 @@ from noisycond.arguments import Arguments, parse_arguments
 from noisycond.recipes import RECIPES
 from noisycond.study.planning import plan_runs
 from noisycond.study.reading import STUDIES, read_study, study_names
+from noisycond.study.results import read_results
+from noisycond.study.statistics import compare
+from noisycond.study.tables import write_tables
 
 
 README = (STUDIES / "README.md").read_text(encoding="utf-8")
@@ -193,3 +197,27 @@ def test_the_example_of_the_readme_is_a_study(tmp_path):
 def test_files_named_in_the_readme_exist():
     for name in re.findall(r"\b(?:recipes|docs|studies|noisycond)/[\w/]+\.\w+", README):
         assert (ROOT / name).exists(), name
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in (STUDIES / "results").iterdir()))
+def test_the_tables_in_the_docs_are_those_of_the_recorded_runs(name, tmp_path):
+    study = read_study(str(STUDIES / f"{name}.yaml"))
+    results = read_results(study, plan_runs(study, study.runs(), Path("runs")), STUDIES / "results" / name)
+    assert results.done == len(results.runs)
+    write_tables(results, compare(results.values), tmp_path)
+    for found in tmp_path.iterdir():
+        kept = pandas.read_csv(ROOT / "docs/studies" / name / found.name)
+        pandas.testing.assert_frame_equal(kept, pandas.read_csv(found), rtol=1e-6)  # of t tests: not to the last digit
+
+
+def test_the_fid_tables_of_the_page_on_digits_are_those_of_the_studies():
+    page, *tables = (
+        re.sub(r" +", " ", (ROOT / "docs" / name).read_text(encoding="utf-8"))
+        for name in ("digits_study.md", "studies/digits/results.md", "studies/digits_guidance/results.md")
+    )
+    shown = [table.splitlines()[2:] for table in re.findall(r"^\| FID ↓ \|.*?\n(?=\n)", page, re.M | re.S)]
+    assert [len(rows) for rows in shown] == [15, 2]
+    for rows, table in zip(shown, tables, strict=True):
+        part = table.split("## FID over guidance scales")[1].split("\n#")[0]
+        known = {re.sub(r"^(\|[^|]*)\| \d+ ", r"\1", line) for line in part.splitlines()}
+        assert set(rows) <= known
