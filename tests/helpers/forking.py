@@ -47,7 +47,7 @@ def _become(file: str, words: list[str], environment: dict, folder: str, outputs
     """What the forked process does: it leads a session of its own and runs the program as the interpreter does."""
     os.setsid()
     for descriptor, output in enumerate(outputs, start=1):
-        opened = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        opened = os.open(output, os.O_WRONLY | os.O_APPEND)
         os.dup2(opened, descriptor)
         os.close(opened)
     os.environ.clear()
